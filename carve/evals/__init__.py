@@ -1,0 +1,6 @@
+"""Measuring a trained model. Nothing here reaches for the network."""
+
+from carve.evals.perplexity import Perplexity, perplexity
+from carve.evals.text import read_documents
+
+__all__ = ["Perplexity", "perplexity", "read_documents"]

@@ -1,0 +1,317 @@
+"""The public op: checks and the choice of a backend. No arithmetic here."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from carve.ops.chunked import chunked
+from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
+from carve.ops.state import CarveState
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("auto", "torch")
+
+
+class CarveGates(NamedTuple):
+    """The gates of every token, and what they would be without the content term.
+
+    Attributes:
+        b: erase gate, `[B, T, HV, K]`, in (0, 1), or (0, 2) with `allow_neg_eigval`.
+        a: write gate, `[B, T, HV]`, in (0, 1); None if w is None.
+        b_blind, a_blind: the same with the content term left out.
+    """
+
+    b: Tensor
+    a: Tensor | None
+    b_blind: Tensor
+    a_blind: Tensor | None
+
+
+@torch.compiler.disable
+def chunk_carve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None = None,
+    p_down: Tensor | None = None,
+    p_up: Tensor | None = None,
+    p_write: Tensor | None = None,
+    *,
+    content: str = "mean",
+    content_norm: str | None = None,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    allow_neg_eigval: bool = False,
+    initial_state: CarveState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, CarveState | None]:
+    """CARVE by chunks: for training and for prompts. Arithmetic and state are float32 (float64 for float64 inputs).
+
+    Args:
+        q: queries, `[B, T, H, K]`, any float dtype.
+        k: keys, `[B, T, H, K]`, any float dtype, of unit L2 norm over K unless `qk_l2norm`.
+        v: values, `[B, T, HV, V]`, any float dtype; HV a multiple of H.
+        g: log-decay (natural log), `[B, T, H, K]` or `[B, T, HV, K]`, finite and <= 0 (checked on a CPU only).
+        e: erase-gate logit from the token, `[B, T, H, K]` or `[B, T, HV, K]`.
+        w: write-gate logit, `[B, T, HV]`; None for a write gate of 1.
+        p_down: content projection, first factor, `[HV, V, R]`; None for the memory-blind op.
+        p_up: content projection to the erase gate, `[HV, R, K]`.
+        p_write: content projection to the write gate, `[HV, R]`; needs w.
+        content: what the gates see of the memory. `"mean"` (the paper): the mean output of the chunk before;
+            `"read"`: what the memory at the start of the chunk holds under the token's key.
+        content_norm: None, or `"rms"` to bring the R numbers of the projected content to unit mean square.
+        chunk_size: tokens in a content chunk, C >= 1, counted from the start of each sequence.
+        scale: factor on the outputs; None for K^-0.5.
+        qk_l2norm: divide q and k by their L2 norm over K first.
+        allow_neg_eigval: let the erase gate range over (0, 2) in place of (0, 1).
+        initial_state: the state before the first token, from a call with the same shapes and options.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: `[N + 1]` int32 or int64, for N sequences packed into B = 1: sequence n is tokens
+            cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T.
+        backend: `"auto"` or `"torch"`.
+
+    Returns:
+        o `[B, T, HV, V]` in v's dtype, and the final state or None.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what it is and what was expected.
+
+    Source: arXiv 2606.27229; the recurrence is in `carve/ops/recurrence.py`.
+    """
+    tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
+    lengths = check_tokens(tokens, cu_seqlens)
+    options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
+    state = check_state(initial_state, tokens, p, options, len(lengths))
+    check_backend(backend, v.device)
+    o, state = chunked(tokens, cast(p, options), state, options, lengths)
+    return o, state if output_final_state else None
+
+
+@torch.compiler.disable
+def recurrent_carve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None = None,
+    p_down: Tensor | None = None,
+    p_up: Tensor | None = None,
+    p_write: Tensor | None = None,
+    *,
+    content: str = "mean",
+    content_norm: str | None = None,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    allow_neg_eigval: bool = False,
+    initial_state: CarveState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, CarveState | None]:
+    """CARVE token by token: the definition, and the decode step. Arguments and results as in `chunk_carve`."""
+    tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
+    lengths = check_tokens(tokens, cu_seqlens)
+    options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
+    state = check_state(initial_state, tokens, p, options, len(lengths))
+    check_backend(backend, v.device)
+    if cu_seqlens is None:
+        o, state = recurrent(tokens, cast(p, options), state, options)
+    else:
+        o, state = recurrent_packed(tokens, cast(p, options), state, options, lengths)
+    return o.to(v.dtype), state if output_final_state else None
+
+
+def carve_gates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None = None,
+    p_down: Tensor | None = None,
+    p_up: Tensor | None = None,
+    p_write: Tensor | None = None,
+    *,
+    content: str = "mean",
+    content_norm: str | None = None,
+    chunk_size: int = 64,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    allow_neg_eigval: bool = False,
+) -> CarveGates:
+    """The gates that `recurrent_carve` applies to each token, for inspection. Arguments as in `chunk_carve`."""
+    tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
+    lengths = check_tokens(tokens, None)
+    options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
+    trace: list[CarveGates] = []
+    with torch.no_grad():
+        recurrent(tokens, cast(p, options), check_state(None, tokens, p, options, len(lengths)), options, trace)
+    b, a, b_blind, a_blind = (None if x[0] is None else torch.cat(x, 2).transpose(1, 2) for x in zip(*trace, strict=True))
+    return CarveGates(b, None if a is None else a.squeeze(-1), b_blind, None if a_blind is None else a_blind.squeeze(-1))
+
+
+def cast(p: Projections, options: Options) -> Projections:
+    return Projections(*(None if x is None else x.to(options.dtype) for x in p))
+
+
+def expect(name: str, x: Tensor, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless the shape of x is one of those expected (by their symbolic names)."""
+    if tuple(x.shape) not in expected.values():
+        wanted = " or ".join(f"{symbols} = {list(shape)}" for symbols, shape in expected.items())
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
+
+
+def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
+    """Raise unless the inputs fit each other; returns the lengths of the N sequences, int64, on the CPU."""
+    for name, y in x._asdict().items():
+        if y is None and name == "w":
+            continue
+        if not isinstance(y, Tensor):
+            raise ValueError(f"{name} is {type(y).__name__}, expected a tensor")
+        if y.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {y.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        if y.device != x.q.device:
+            raise ValueError(f"{name} is on {y.device}, expected {x.q.device} like q")
+    for name in ("q", "v"):
+        y = getattr(x, name)
+        if y.dim() != 4:
+            raise ValueError(f"{name} has shape {list(y.shape)}, expected 4 dimensions: [B, T, heads, head dim]")
+    B, T, H, K = x.q.shape
+    HV, V = x.v.shape[2:]
+    if min(H, K, HV, V) < 1:
+        raise ValueError(f"q has shape {list(x.q.shape)} and v {list(x.v.shape)}, expected H, K, HV, V of at least 1")
+    if HV % H:
+        raise ValueError(f"v has HV = {HV} heads, expected a multiple of q's H = {H}")
+    expect("v", x.v, {"[B, T, HV, V]": (B, T, HV, V)})
+    expect("k", x.k, {"[B, T, H, K]": (B, T, H, K)})
+    for name in ("g", "e"):
+        expect(name, getattr(x, name), {"[B, T, H, K]": (B, T, H, K), "[B, T, HV, K]": (B, T, HV, K)})
+    if x.w is not None:
+        expect("w", x.w, {"[B, T, HV]": (B, T, HV)})
+    if x.g.device.type == "cpu" and x.g.numel():
+        low, high = (float(y) for y in x.g.detach().aminmax())
+        if not (low > -float("inf") and high <= 0):
+            raise ValueError(f"g has values from {low} to {high}, expected finite log-decays <= 0")
+    if cu_seqlens is None:
+        return torch.full((B,), T)
+    return check_cu_seqlens(cu_seqlens, B, T).diff()
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
+    """Raise unless these are boundaries of sequences packed into one row of T tokens; returns them on the CPU."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens is {found}, expected an int32 or int64 tensor")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N + 1] with N >= 1")
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs packed sequences with B = 1, but q has B = {B}")
+    bounds = cu_seqlens.detach().cpu().long()
+    if bounds[0] != 0 or bounds[-1] != T or (bounds.diff() < 0).any():
+        shown = bounds.tolist() if len(bounds) <= 10 else [*bounds[:5].tolist(), "...", *bounds[-3:].tolist()]
+        raise ValueError(f"cu_seqlens is {shown}, expected to start at 0, never decrease and end at T = {T}")
+    return bounds
+
+
+def check_options(
+    x: Tokens,
+    p: Projections,
+    content: str | None,
+    content_norm: str | None,
+    chunk_size: int,
+    scale: float | None,
+    qk_l2norm: bool,
+    allow_neg_eigval: bool,
+) -> Options:
+    """Raise unless the projections and options fit the inputs; returns the options with defaults filled in."""
+    K, (HV, V) = x.q.shape[3], x.v.shape[2:]
+    if content not in ("mean", "read"):
+        raise ValueError(f"content is {content!r}, expected 'mean' or 'read' (p_down=None makes the op memory-blind)")
+    if content_norm not in (None, "rms"):
+        raise ValueError(f"content_norm is {content_norm!r}, expected None or 'rms'")
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}, expected an integer >= 1")
+    if p.down is None:
+        for name, y in (("p_up", p.up), ("p_write", p.write)):
+            if y is not None:
+                raise ValueError(f"{name} was given without p_down, expected both or neither")
+    else:
+        R = p.down.shape[-1]
+        expect("p_down", p.down, {"[HV, V, R]": (HV, V, R)})
+        if p.up is None and p.write is None:
+            raise ValueError("p_up is None, expected a tensor [HV, R, K] with p_down unless p_write is given")
+        if p.up is not None:
+            expect("p_up", p.up, {"[HV, R, K]": (HV, R, K)})
+        if p.write is not None:
+            expect("p_write", p.write, {"[HV, R]": (HV, R)})
+            if x.w is None:
+                raise ValueError("p_write was given without w, expected a write-gate logit w to add the content to")
+    for name, y in (("p_down", p.down), ("p_up", p.up), ("p_write", p.write)):
+        if y is not None and (y.dtype not in DTYPES or y.device != x.q.device):
+            raise ValueError(f"{name} is {y.dtype} on {y.device}, expected a float tensor on {x.q.device}")
+    scale = K**-0.5 if scale is None else float(scale)
+    dtype = torch.float64 if torch.float64 in (x.q.dtype, x.k.dtype, x.v.dtype) else torch.float32
+    blind = p.down is None
+    return Options(None if blind else content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval, dtype)
+
+
+def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Options, N: int) -> CarveState:
+    """Raise unless the state fits; a new one, all zeros, for None."""
+    K, (HV, V) = x.q.shape[3], x.v.shape[2:]
+    R = 0 if p.down is None else p.down.shape[2]
+    shapes = {
+        "memory": ("[N, HV, K, V]", (N, HV, K, V)),
+        "content": {
+            None: None,
+            "mean": ("[N, HV, R]", (N, HV, R)),
+            "read": ("[N, HV, K, R]", (N, HV, K, R)),
+        }[options.content],
+        "content_sum": ("[N, HV, V]", (N, HV, V)) if options.content == "mean" else None,
+    }
+    if state is None:
+        zeros = (None if s is None else x.v.new_zeros(s[1], dtype=options.dtype) for s in shapes.values())
+        return CarveState(*zeros, torch.zeros(N, dtype=torch.int64, device=x.v.device))
+    if not isinstance(state, CarveState):
+        raise ValueError(f"initial_state is {type(state).__name__}, expected a CarveState")
+    for name, shape in shapes.items():
+        y = getattr(state, name)
+        if (y is None) != (shape is None):
+            found, wanted = ("None", "a tensor") if y is None else ("a tensor", "None")
+            how = "a memory-blind op" if options.content is None else f"content={options.content!r}"
+            raise ValueError(f"initial_state.{name} is {found}, expected {wanted} for {how}")
+        if shape is not None:
+            expect(f"initial_state.{name}", y, dict([shape]))
+            if y.dtype != options.dtype or y.device != x.v.device:
+                raise ValueError(
+                    f"initial_state.{name} is {y.dtype} on {y.device}, expected {options.dtype} on {x.v.device}"
+                )
+    expect("initial_state.position", state.position, {"[N]": (N,)})
+    if state.position.dtype != torch.int64:
+        raise ValueError(f"initial_state.position has dtype {state.position.dtype}, expected torch.int64")
+    if state.position.device.type == "cpu" and not ((state.position >= 0) & (state.position < options.chunk_size)).all():
+        raise ValueError(
+            f"initial_state.position is {state.position.tolist()}, expected values from 0 to below "
+            f"chunk_size = {options.chunk_size}: the state comes from another chunk size"
+        )
+    return state
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise on a backend that does not exist; say once that there is no fast one for the device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "auto" and device.type != "cpu":
+        warnings.warn(
+            f"carve: no fused kernel for {device.type} in this version, so the op runs in plain torch, "
+            "which is slow there; pass backend='torch' to choose it without this warning",
+            stacklevel=3,
+        )
