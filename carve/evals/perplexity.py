@@ -68,8 +68,8 @@ def perplexity(
     so the memory does not grow with the text (with full attention layers the state itself does). The result
     does not depend on `piece` but for rounding.
 
-    With `window` the state is not carried: a token is scored given the `window - stride + 1` to `window` tokens before it
-    (fewer where the document begins), as models of a fixed context are usually measured.
+    With `window` the state is not carried: a token is scored given the `window - stride + 1` to `window` tokens
+    before it (fewer where the document begins), as models of a fixed context are usually measured.
 
     Args:
         model: any causal language model of transformers; its mode (train or eval) is left as it was.

@@ -102,19 +102,19 @@ def tokenize_stream(
     """Tokenise a text that does not fit in memory: pieces of `(token ids, bytes of UTF-8 text they stand for)`.
 
     The ids joined are those of the whole text tokenised at once, without special tokens. The text is cut only where
-    the tokenizer itself shows a cut to be safe: where tokenising the 256 characters before it and the 256
-    after it together gives first the tokens of those before it alone. Each piece is tokenised behind the 256
-    characters before it, whose tokens are then taken off, so that a tokenizer that treats the start of a text in its own
-    way (SentencePiece's leading space) sees none. The ends of lines are tried first, then words, then any
-    character; where none is safe the piece grows.
+    the tokenizer itself shows a cut to be safe: where the 256 characters before it and the 256 after it, tokenised
+    together, begin with the tokens of those before it alone. The ends of lines are tried first, then words, then
+    any character; where none is safe the piece grows. Each piece is tokenised behind the 256 characters before it,
+    whose tokens are then taken off: a tokenizer that treats the start of a text in its own way (SentencePiece's
+    leading space) sees no start there.
 
     Args:
         blocks: the text, in order, in blocks of any lengths.
         piece: characters tokenised at once, about.
     """
     before, text = "", ""
-    for block in blocks:
-        text += block
+    for part in (block[i : i + piece] for block in blocks for i in range(0, len(block), piece)):
+        text += part
         while len(text) >= piece + CONTEXT:
             cut = _safe_cut(tokenizer, before, text)
             if cut is None:

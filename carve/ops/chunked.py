@@ -32,7 +32,7 @@ from carve.ops.state import CarveState
 STEP = 64  # tokens in a triangular system
 BLOCK = 16  # tokens over which decay may be divided out
 MILD = 40.0  # exp(40) leaves float32 room for products of 1e20 on either side
-SEGMENT = 512  # tokens that are prepared, and run again in the backward, together
+SEGMENT = 256  # tokens that are prepared, and run again in the backward, together
 
 
 class Grid(NamedTuple):

@@ -11,6 +11,7 @@ For one head, with a memory S of K x V numbers and a content c fixed for the who
 CARVE, arXiv 2606.27229; the delta rule with decay is that of Gated DeltaNet-2, arXiv 2605.22791.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,11 @@ def close_chunk(
     return fresh, content_sum
 
 
+def split_tokens(x: Tensor | None, T: int) -> Sequence[Tensor | None]:
+    """`[N, HV, T, ...]` as T pieces of one token, `[N, HV, 1, ...]`."""
+    return [None] * T if x is None else x.split(1, dim=2)
+
+
 def recurrent(
     x: Tokens, p: Projections, state: CarveState, options: Options, trace: list | None = None
 ) -> tuple[Tensor, CarveState]:
@@ -116,12 +122,10 @@ def recurrent(
     Returns:
         o `[B, T, HV, V]` in the compute dtype, and the state after the last token.
     """
-    q, k, v, g, e, w = head_first(x, options)
+    inputs = head_first(x, options)
     S, content, content_sum, position = state
-    outputs = [v.new_empty(v.shape[0], v.shape[1], 0, v.shape[3])]
-    for t in range(v.shape[2]):
-        q_t, k_t, v_t, g_t, e_t = (y[:, :, t : t + 1] for y in (q, k, v, g, e))  # [N, HV, 1, K or V]
-        w_t = None if w is None else w[:, :, t : t + 1]
+    outputs = [inputs.v[:, :, :0]]
+    for q_t, k_t, v_t, g_t, e_t, w_t in zip(*(split_tokens(y, inputs.v.shape[2]) for y in inputs), strict=True):
         b, a = gates(k_t, e_t, w_t, content, p, options)
         if trace is not None:
             trace.append((b, a, *gates(k_t, e_t, w_t, None, p, options)))

@@ -1,0 +1,305 @@
+"""The CARVE layer: projections, short convolution, gates, norm; it calls the op for the recurrence.
+
+    x --> q, k, v projections --> causal convolution, SiLU --> q, k, v ---.
+      --> low-rank projection --> decay g                                 |
+      --> erase logit e, write logit w                                    +--> op --> norm * gate --> projection
+      --> low-rank projection --> output gate ----------------------------|--------------^
+                                         content projections -------------'
+
+The layer is that of Gated DeltaNet-2 (arXiv 2605.22791) with one write gate a head in place of one a value,
+and the content projections of CARVE (arXiv 2606.27229). `gates` turns the same layer into its rivals, exactly.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from carve.ops import CarveState, chunk_carve, recurrent_carve
+
+# What each kind of layer has: an erase gate a channel or a head; a write gate a head or a value, or the
+# erase gate's own ("tied"); a decay a channel or a head.
+GATES = {
+    "carve": {"erase": "channel", "write": "head", "decay": "channel"},
+    "gdn2": {"erase": "channel", "write": "value", "decay": "channel"},
+    "kda": {"erase": "head", "write": "tied", "decay": "channel"},
+    "gdn": {"erase": "head", "write": "tied", "decay": "head"},
+}
+
+
+class MixerState(NamedTuple):
+    """What N sequences carry from one call of the layer to the next.
+
+    Attributes:
+        conv: `[N, conv_size - 1, 2 H K + HV V]`, the last inputs of the convolution, in the model's dtype.
+        memory: the state of the op.
+        chunk_size: the layer's; a state is of no use to a layer with another.
+    """
+
+    conv: Tensor
+    memory: CarveState
+    chunk_size: int
+
+    def select(self, indices: Tensor) -> "MixerState":
+        """The sequences at `indices` (`[M]` int64): to reorder, repeat or drop."""
+        conv = self.conv.index_select(0, indices.to(self.conv.device))
+        return MixerState(conv, self.memory.select(indices), self.chunk_size)
+
+
+def set_initial_values(module: Any) -> None:
+    """Fill a module's own parameters with its `initial_values()`."""
+    with torch.no_grad():
+        for name, value in module.initial_values().items():
+            getattr(module, name).copy_(value)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, then SiLU.
+
+    Args:
+        channels: D.
+        size: taps; the last is the token itself.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        set_initial_values(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        bound = self.weight.shape[1] ** -0.5
+        return {"weight": torch.empty(self.weight.shape).uniform_(-bound, bound)}
+
+    def forward(self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolve.
+
+        Args:
+            x: `[B, T, D]`.
+            past: `[N, size - 1, D]`, the inputs before the first token; None for zeros.
+            cu_seqlens: `[N + 1]`, int32 or int64, for N sequences packed into B = 1.
+
+        Returns:
+            y `[B, T, D]`, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`.
+        """
+        T, lags = x.shape[1], self.weight.shape[1] - 1
+        if cu_seqlens is None:
+            past = x.new_zeros(x.shape[0], lags, x.shape[2]) if past is None else past
+            extended = torch.cat([past, x], dim=1)
+            y = sum(extended[:, j : j + T] * self.weight[:, j] for j in range(lags + 1))
+            return F.silu(y), extended[:, T:]
+
+        lengths = cu_seqlens.diff()
+        N = len(lengths)
+        past = x.new_zeros(N, lags, x.shape[2]) if past is None else past
+        sequence = torch.repeat_interleave(torch.arange(N, device=x.device), lengths, output_size=T)
+        local = torch.arange(T, device=x.device) - cu_seqlens[sequence]
+        y = x[0] * self.weight[:, lags]
+        for lag in range(1, lags + 1):  # of the packed neighbours, those in the same sequence
+            same = (local[lag:] >= lag).unsqueeze(-1)
+            y = y + F.pad(x[0, : max(T - lag, 0)] * same, (0, 0, min(lag, T), 0)) * self.weight[:, lags - lag]
+        token, lag = torch.nonzero(local.unsqueeze(-1) < torch.arange(1, lags + 1, device=x.device), as_tuple=True)
+        lag = lag + 1  # and what the first tokens of each sequence see of its past
+        y = y.index_add(0, token, past[sequence[token], lags + local[token] - lag] * self.weight.T[lags - lag])
+
+        at = lengths.unsqueeze(-1) - lags + torch.arange(lags, device=x.device)  # [N, lags], negative in the past
+        held = torch.cat([past.flatten(0, 1), x[0]])
+        before = torch.arange(N, device=x.device).unsqueeze(-1) * lags + lags + at
+        rows = torch.where(at < 0, before, N * lags + cu_seqlens[:-1].unsqueeze(-1) + at)
+        return F.silu(y).unsqueeze(0), held[rows]
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm over the last dimension, times the sigmoid of a gate; float32 inside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.weight.shape)}
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return (normed * gate.to(wide).sigmoid()).to(x.dtype)
+
+
+class CarveMixer(nn.Module):
+    """The CARVE token mixer as a layer.
+
+    Args:
+        hidden_size: D, the width of the model.
+        num_heads: H, key heads.
+        head_dim: K, key dimension of a head.
+        num_v_heads: HV, value heads, a multiple of H; None for H.
+        v_head_dim: V, value dimension of a head; None for K.
+        conv_size: taps of the short convolution over q, k and v.
+        gates: `"carve"`, or one of its rivals: `"gdn2"` (a write gate a value), `"kda"` (one scalar gate that
+            erases and writes), `"gdn"` (the same, and one decay a head). Rivals are memory-blind.
+        content: what the gates see of the memory: `"mean"` (the paper), `"read"` or None; see `carve.ops`.
+        content_norm: `"rms"` or None.
+        content_rank: R, rank of the content projections.
+        content_write: whether the write gate sees the content too.
+        chunk_size: C, tokens in a content chunk.
+        allow_neg_eigval: let the erase gate range over (0, 2).
+        norm_eps: epsilon of the output norm.
+
+    Parameters whose `_no_weight_decay` is true are not to be decayed.
+
+    Raises:
+        ValueError: an argument is not one of those listed, or the sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int = 128,
+        num_v_heads: int | None = None,
+        v_head_dim: int | None = None,
+        conv_size: int = 4,
+        gates: str = "carve",
+        content: str | None = "mean",
+        content_norm: str | None = "rms",
+        content_rank: int = 16,
+        content_write: bool = False,
+        chunk_size: int = 64,
+        allow_neg_eigval: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
+        sizes |= {"conv_size": conv_size, "content_rank": content_rank, "chunk_size": chunk_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
+        if num_v_heads < 1 or num_v_heads % num_heads:
+            raise ValueError(f"num_v_heads is {num_v_heads}, expected a multiple of num_heads = {num_heads}")
+        if gates not in GATES:
+            raise ValueError(f"gates is {gates!r}, expected one of {', '.join(map(repr, GATES))}")
+        if content not in ("mean", "read", None):
+            raise ValueError(f"content is {content!r}, expected 'mean', 'read' or None")
+        if content_norm not in ("rms", None):
+            raise ValueError(f"content_norm is {content_norm!r}, expected 'rms' or None")
+        self.H, self.HV, self.K, self.V = num_heads, num_v_heads, head_dim, v_head_dim
+        self.gates = GATES[gates]
+        self.content = content if gates == "carve" else None
+        self.content_norm, self.chunk_size, self.allow_neg_eigval = content_norm, chunk_size, allow_neg_eigval
+
+        key_size, value_size = num_heads * head_dim, num_v_heads * v_head_dim
+        self.q_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, value_size, bias=False)
+        self.conv = ShortConvolution(2 * key_size + value_size, conv_size)
+
+        decays = key_size if self.gates["decay"] == "channel" else num_heads
+        if self.gates["decay"] == "channel":
+            low_rank = nn.Linear(hidden_size, v_head_dim, bias=False)
+            self.decay_proj: nn.Module = nn.Sequential(low_rank, nn.Linear(v_head_dim, decays, bias=False))
+        else:
+            self.decay_proj = nn.Linear(hidden_size, decays, bias=False)
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(decays))
+        erases = key_size if self.gates["erase"] == "channel" else num_v_heads
+        self.erase_proj = nn.Linear(hidden_size, erases, bias=False)
+        writes = {"head": num_v_heads, "value": value_size, "tied": None}[self.gates["write"]]
+        self.write_proj = None if writes is None else nn.Linear(hidden_size, writes, bias=False)
+
+        if self.content is None:
+            self.p_down = self.p_up = self.p_write = None
+        else:
+            self.p_down = nn.Parameter(torch.empty(num_v_heads, v_head_dim, content_rank))
+            self.p_up = nn.Parameter(torch.empty(num_v_heads, content_rank, head_dim))
+            self.p_write = nn.Parameter(torch.empty(num_v_heads, content_rank)) if content_write else None
+
+        self.gate_proj = nn.Sequential(
+            nn.Linear(hidden_size, v_head_dim, bias=False), nn.Linear(v_head_dim, value_size, bias=True)
+        )
+        self.norm = GatedRMSNorm(v_head_dim, norm_eps)
+        self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
+        self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True  # type: ignore[attr-defined]
+        set_initial_values(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Initial values of the layer's own parameters, those of its submodules left out.
+
+        Decay as in Mamba-2 and Gated DeltaNet: rates A uniform in [1, 16], steps log-uniform in [0.001, 0.1].
+        The content starts unheard: p_up and p_write are zero.
+        """
+        dt = torch.empty(self.dt_bias.shape).uniform_(math.log(0.001), math.log(0.1)).exp()
+        values = {
+            "A_log": torch.empty(self.A_log.shape).uniform_(1, 16).log(),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+        }
+        if self.p_down is not None and self.p_up is not None:
+            values["p_down"] = torch.empty(self.p_down.shape).normal_(std=self.V**-0.5)
+            values["p_up"] = torch.zeros(self.p_up.shape)
+        if self.p_write is not None:
+            values["p_write"] = torch.zeros(self.p_write.shape)
+        return values
+
+    def project(
+        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tensor]:
+        """The arguments of the op, by name, and the last inputs of the convolution; arguments as in `forward`."""
+        B, T, _ = x.shape
+        H, HV, K, V = self.H, self.HV, self.K, self.V
+        qkv, last = self.conv(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), past, cu_seqlens)
+        q, k, v = qkv.split([H * K, H * K, HV * V], dim=-1)
+        q, k, v = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, HV, V)
+
+        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round a weak decay to none
+        dt = F.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
+        g = -self.A_log.to(wide).exp().unsqueeze(-1) * dt.unflatten(-1, (H, -1))  # [B, T, H, K or 1]
+        e = self.erase_proj(x)
+        if self.gates["erase"] == "channel":
+            e, w = e.view(B, T, H, K), None
+        else:
+            e, w = e.view(B, T, HV, 1).expand(B, T, HV, K), e
+        if self.write_proj is not None:
+            w = self.write_proj(x)
+        if self.gates["write"] == "value":
+            assert w is not None
+            v, w = w.sigmoid().view(v.shape) * v, None
+
+        op = {"q": q, "k": k, "v": v, "g": g.expand(B, T, H, K), "e": e, "w": w, "qk_l2norm": True}
+        op |= {"chunk_size": self.chunk_size, "allow_neg_eigval": self.allow_neg_eigval}
+        if self.content is not None:
+            op |= {"p_down": self.p_down, "p_up": self.p_up, "p_write": self.p_write}
+            op |= {"content": self.content, "content_norm": self.content_norm}
+        return op, last
+
+    def forward(
+        self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MixerState]:
+        """Mix.
+
+        Args:
+            x: `[B, T, D]`.
+            state: of the N sequences, from an earlier call; None at their start.
+            cu_seqlens: `[N + 1]`, int32 or int64, for N sequences packed into B = 1.
+
+        Returns:
+            y `[B, T, D]`, and the state of the N sequences after their last tokens.
+
+        Raises:
+            ValueError: the state or cu_seqlens do not fit.
+        """
+        if state is not None and state.chunk_size != self.chunk_size:
+            raise ValueError(f"state is from a layer of chunk_size {state.chunk_size}, expected {self.chunk_size}")
+        past, memory = (None, None) if state is None else state[:2]
+        N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        if past is not None and len(past) != N:
+            raise ValueError(f"state is of {len(past)} sequences, expected {N}")
+        op, last = self.project(x, past, cu_seqlens)
+        run = recurrent_carve if x.shape[1] == 1 else chunk_carve
+        o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
+        assert memory is not None
+        y = self.norm(o, self.gate_proj(x).view(o.shape))
+        return self.o_proj(y.flatten(2)), MixerState(last, memory, self.chunk_size)

@@ -1,0 +1,103 @@
+"""What a model carries from one forward to the next: constant size for recurrent layers, a window or all for attention."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from carve.mixer import GATES, MixerState
+from carve.models.configuration_carve import CarveConfig
+
+
+class RecurrentCacheLayer(CacheLayerMixin):
+    """The state of one recurrent layer, as transformers' caches hold it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.state: MixerState | None = None
+        self.seen = 0  # tokens, padding included, as attention layers count them
+
+    def advance(self, state: MixerState, tokens: int) -> None:
+        """Take the state after `tokens` more tokens."""
+        self.state, self.seen = state, self.seen + tokens
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else len(self.state.conv)
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices` (`[M]` int64), which may repeat."""
+        if self.state is not None:
+            self.state = self.state.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.state, self.seen = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise ValueError(
+                "a recurrent memory cannot take tokens back: take cache.snapshot() before them, and cache.restore(...) it"
+            )
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError("a recurrent layer holds no keys and values: use advance")
+
+    def offload(self) -> None:
+        """The state is small: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """The state is small: it stays where it is."""
+
+
+for layer_type in GATES:  # so that transformers' DynamicCache(config=...) and generate() build these layers
+    DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = RecurrentCacheLayer
+
+
+class CarveCache(DynamicCache):
+    """The cache of a CARVE model: transformers' own, plus copies and snapshots to come back to.
+
+    `reorder_cache(indices)`, `batch_select_indices(indices)` and `batch_repeat_interleave(n)` choose sequences.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__(config=config)
+
+    def copy(self) -> "CarveCache":
+        """A cache of its own with the same content."""
+        return copy.deepcopy(self)
+
+    def snapshot(self) -> "CarveCache":
+        """The cache as it is now, to `restore` later, any number of times."""
+        return self.copy()
+
+    def restore(self, snapshot: "CarveCache") -> None:
+        """Go back to a snapshot: all tokens since are forgotten."""
+        self.layers = snapshot.copy().layers

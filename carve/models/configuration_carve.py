@@ -1,0 +1,137 @@
+"""The configuration of a CARVE language model."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from carve.mixer import GATES
+
+ATTENTION = ("sliding_attention", "full_attention")
+LAYER_TYPES = (*GATES, *ATTENTION)
+
+
+@strict
+class CarveConfig(PreTrainedConfig):
+    """Configuration of `CarveModel` and `CarveForCausalLM`. The defaults make a model of 1.3B parameters.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: D, the width of the model.
+        num_hidden_layers: blocks.
+        num_heads: H, key heads of a recurrent layer.
+        num_v_heads: HV, value heads of a recurrent layer; None for H.
+        head_dim: K, key dimension of a head; also the head dimension of attention layers.
+        v_head_dim: V, value dimension of a recurrent head; None for K.
+        intermediate_size: width of the SwiGLU MLP.
+        conv_size: taps of the short convolution.
+        layer_types: the token mixer of each block: `"carve"`; its rivals `"gdn2"`, `"kda"`, `"gdn"`;
+            `"sliding_attention"`, `"full_attention"`. None for `"carve"` in all.
+        content: what the gates of `"carve"` layers see of the memory: `"mean"` (the paper), `"read"`, None.
+        content_norm: norm of the projected content, `"rms"` or None.
+        content_rank: R, rank of the content projections.
+        content_write: whether the write gate sees the content too.
+        chunk_size: C, tokens in a content chunk.
+        allow_neg_eigval: let the erase gate range over (0, 2).
+        num_attention_heads, num_key_value_heads: heads of attention layers; None for H, and for all of these.
+        sliding_window: tokens that `"sliding_attention"` sees, itself included.
+        rope_parameters: rotary embeddings of attention layers, as in transformers.
+        max_position_embeddings: longest context of attention layers; recurrent layers have no limit.
+        rms_norm_eps: epsilon of all norms.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: use the embeddings as output layer too.
+
+    Raises:
+        ValueError: a name or a value is not one of those above.
+    """
+
+    model_type = "carve"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 22
+    num_heads: int = 16
+    num_v_heads: int | None = None
+    head_dim: int = 128
+    v_head_dim: int | None = None
+    intermediate_size: int = 5632
+    conv_size: int = 4
+    layer_types: list[str] | None = None
+    content: str | None = "mean"
+    content_norm: str | None = "rms"
+    content_rank: int = 16
+    content_write: bool = False
+    chunk_size: int = 64
+    allow_neg_eigval: bool = False
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    sliding_window: int | None = 2048
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 4096
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            if near := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+                raise ValueError(f"CarveConfig has no field {name!r}; did you mean {near[0]!r}?")
+        if self.num_attention_heads is None:
+            self.num_attention_heads = self.num_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = ["carve"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError on what the layers themselves would not notice, or only once they are built."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+        assert self.layer_types is not None
+        for name in self.layer_types:
+            if name not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {name!r}, expected only {', '.join(map(repr, LAYER_TYPES))}")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries, expected num_hidden_layers = {self.num_hidden_layers}"
+            )
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 1 for 'sliding_attention'")
+
+    def validate_layer_type(self) -> None:
+        """`check` does this; transformers knows only its own layer types."""
+
+    def mixer_arguments(self, layer_idx: int) -> dict[str, Any]:
+        """Arguments of the `CarveMixer` of a recurrent layer."""
+        assert self.layer_types is not None
+        return {
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "num_v_heads": self.num_v_heads,
+            "v_head_dim": self.v_head_dim,
+            "conv_size": self.conv_size,
+            "gates": self.layer_types[layer_idx],
+            "content": self.content,
+            "content_norm": self.content_norm,
+            "content_rank": self.content_rank,
+            "content_write": self.content_write,
+            "chunk_size": self.chunk_size,
+            "allow_neg_eigval": self.allow_neg_eigval,
+            "norm_eps": self.rms_norm_eps,
+        }

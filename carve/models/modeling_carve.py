@@ -1,0 +1,324 @@
+"""The CARVE language model: embeddings, pre-norm blocks of a token mixer and a SwiGLU MLP, output layer.
+
+It follows the conventions of Hugging Face. Recurrent layers work on sequences without padding: `Layout` says where
+they lie in a batch `[B, T]`, and a block packs them before its mixer and unpacks them behind it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
+
+from carve.mixer import CarveMixer
+from carve.models.cache_carve import CarveCache
+from carve.models.configuration_carve import ATTENTION, CarveConfig
+
+
+class Layout(NamedTuple):
+    """Where the sequences of a batch `[B, T]` lie.
+
+    Attributes:
+        tokens: `[total]`, the places of real tokens in the flattened batch; None if there is no padding.
+        cu_seqlens: `[N + 1]`, where sequences begin and end among them; None if they are the rows of the batch.
+        position_ids: `[B or 1, T]`, positions within the sequences.
+    """
+
+    tokens: Tensor | None
+    cu_seqlens: Tensor | None
+    position_ids: Tensor
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, D]` to `[1, total, D]`, or unchanged if the rows are the sequences."""
+        if self.cu_seqlens is None:
+            return x
+        x = x.flatten(0, 1)
+        return (x if self.tokens is None else x[self.tokens]).unsqueeze(0)
+
+    def unpack(self, y: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `pack`, with zeros for padding."""
+        if self.cu_seqlens is None:
+            return y
+        if self.tokens is None:
+            return y.view(like.shape)
+        return y.new_zeros(like.shape).flatten(0, 1).index_copy(0, self.tokens, y[0]).view(like.shape)
+
+
+def lay_out(
+    B: int,
+    T: int,
+    past: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    """Find the sequences of a batch.
+
+    Args:
+        B, T: rows, and new tokens in each.
+        past: tokens in the cache.
+        attention_mask: `[B, past + T]`, 0 for padding.
+        position_ids: `[B or 1, T]`; where they restart, another packed document begins.
+        cu_seqlens: `[N + 1]`, for N documents packed into B = 1.
+
+    Raises:
+        ValueError: the three do not fit the batch or each other.
+    """
+    if attention_mask is not None:
+        if attention_mask.shape != (B, past + T):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}, expected [B, past + T] = {[B, past + T]}"
+            )
+        attention_mask = attention_mask.bool()
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if cu_seqlens is not None:
+        if B != 1 or past or padded:
+            raise ValueError("cu_seqlens needs B = 1, an empty cache and no padding in attention_mask")
+        starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
+        if len(starts) != T:
+            raise ValueError(f"cu_seqlens spans {len(starts)} tokens, expected T = {T}")
+        return Layout(None, cu_seqlens, (torch.arange(T, device=device) - starts).unsqueeze(0))
+    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
+
+    if padded:
+        assert attention_mask is not None
+        real = attention_mask[:, past:]
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        elif ((position_ids.expand(B, T).diff() <= 0) & real[:, 1:] & real[:, :-1]).any():
+            raise ValueError("position_ids restart in a batch with padding, expected either packed documents or padding")
+        if bool(real.all()):
+            return Layout(None, None, position_ids)
+        cu_seqlens = nn.functional.pad(real.sum(-1).cumsum(0), (1, 0))
+        return Layout(real.flatten().nonzero().flatten(), cu_seqlens, position_ids)
+
+    if position_ids is None:
+        return Layout(None, None, torch.arange(past, past + T, device=device).unsqueeze(0))
+    restarts = nn.functional.pad(position_ids.expand(B, T).diff() != 1, (1, 0), value=True)
+    if T > 1 and bool(restarts[:, 1:].any()):
+        if past:
+            raise ValueError("position_ids restart, expected no packed documents with a cache that already holds tokens")
+        cu_seqlens = nn.functional.pad(restarts.flatten().nonzero().flatten(), (0, 1), value=B * T)
+        return Layout(None, cu_seqlens, position_ids)
+    return Layout(None, None, position_ids)
+
+
+class CarveBlock(GradientCheckpointingLayer):
+    """A token mixer and an MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: CarveConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None
+        self.layer_type = config.layer_types[layer_idx]
+        self.layer_idx = layer_idx
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.mixer_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.layer_type in ATTENTION:
+            self.mixer: nn.Module = LlamaAttention(config, layer_idx)
+        else:
+            self.mixer = CarveMixer(**config.mixer_arguments(layer_idx))
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        mix = self.attend if self.layer_type in ATTENTION else self.recur
+        x = x + mix(self.mixer_norm(x), layout, attention_mask, position_embeddings, past_key_values)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def attend(self, x: Tensor, layout: Layout, mask: Tensor | None, rotary: Any, cache: Any) -> Tensor:
+        y, _ = self.mixer(x, rotary, mask, cache, position_ids=layout.position_ids, sliding_window=self.sliding_window)
+        return y
+
+    def recur(self, x: Tensor, layout: Layout, mask: Tensor | None, rotary: Any, cache: Any) -> Tensor:
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        y, state = self.mixer(layout.pack(x), None if layer is None else layer.state, layout.cu_seqlens)
+        if layer is not None:
+            layer.advance(state, x.shape[1])
+        return layout.unpack(y, x)
+
+
+class CarvePreTrainedModel(PreTrainedModel):
+    config_class = CarveConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("CarveBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "initial_values"):  # CarveMixer and its parts
+            for name, value in module.initial_values().items():
+                initialization.copy_(getattr(module, name), value)
+
+
+class CarveModel(CarvePreTrainedModel):
+    """The model without its output layer."""
+
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([CarveBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        has_attention = any(block.layer_type in ATTENTION for block in self.layers)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if has_attention else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            attention_mask: `[B, past + T]`, 0 for padding, on any side. Padding gives outputs of no meaning.
+            position_ids: `[B, T]` int64; where they restart (0, 1, 2, 0, 1), another packed document begins.
+            past_key_values: the cache of an earlier call with `use_cache`: the tokens continue those it has seen.
+            inputs_embeds: `[B, T, D]`, in place of input_ids.
+            use_cache: also return a cache. By default `config.use_cache`, but not in training or with packed documents.
+            output_hidden_states: also return the stream before each block and behind the last norm.
+            cu_seqlens: `[N + 1]` int32 or int64, for N documents packed into B = 1.
+
+        Raises:
+            ValueError: arguments that do not fit the batch or each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens)
+        packed = layout.cu_seqlens is not None and layout.tokens is None
+        if packed and (use_cache or past_key_values is not None):
+            raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        if use_cache and past_key_values is None:
+            past_key_values = CarveCache(self.config)
+
+        rotary = None if self.rotary_emb is None else self.rotary_emb(x, layout.position_ids)
+        masks = {
+            layer_type: create(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask if layout.tokens is not None or past else None,
+                past_key_values=past_key_values,
+                position_ids=layout.position_ids,
+            )
+            for layer_type, create in MASKS.items()
+            if layer_type in self.config.layer_types
+        }
+        streams = []
+        for block in self.layers:
+            streams.append(x)
+            x = block(x, layout, masks.get(block.layer_type), rotary, past_key_values=past_key_values)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*streams, x) if output_hidden_states else None,
+        )
+
+
+MASKS: dict[str, Callable] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
+    """The model with its output layer, for training and generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CarveConfig) -> None:
+        super().__init__(config)
+        self.model = CarveModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next tokens.
+
+        Args:
+            labels: `[B, T]` int64, the tokens themselves (shifted inside); -100 is not scored.
+            logits_to_keep: only the last so many positions get logits, or those at these indices; 0 for all.
+            num_items_in_batch: scored tokens to divide the loss by; None for those of this batch.
+            others: see `CarveModel.forward`.
+
+        Returns:
+            logits `[B, T, vocab_size]`; loss, in nats a token, if labels are given; the cache if asked for.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+AutoConfig.register("carve", CarveConfig)
+AutoModel.register(CarveConfig, CarveModel)
+AutoModelForCausalLM.register(CarveConfig, CarveForCausalLM)
