@@ -223,8 +223,13 @@ class CarveMixer(nn.Module):
         )
         self.norm = GatedRMSNorm(v_head_dim, norm_eps)
         self.o_proj = nn.Linear(value_size, hidden_size, bias=False)
-        self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True  # type: ignore[attr-defined]
         set_initial_values(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Mark the decay's parameters, also those that loading a checkpoint puts in place of the first."""
+        if name in ("A_log", "dt_bias"):
+            param._no_weight_decay = True  # type: ignore[union-attr]
+        super().register_parameter(name, param)
 
     def initial_values(self) -> dict[str, Tensor]:
         """Initial values of the layer's own parameters, those of its submodules left out.

@@ -4,10 +4,11 @@ import dataclasses
 import difflib
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from carve.mixer import GATES
+from carve.mixer import GATES, CarveMixer
 
 ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
@@ -110,6 +111,11 @@ class CarveConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, expected num_hidden_layers = {self.num_hidden_layers}"
             )
+        for i, name in enumerate(self.layer_types):
+            if name not in ATTENTION:
+                with torch.device("meta"):  # no memory: only to let the layer check its arguments
+                    CarveMixer(**self.mixer_arguments(i))
+                break
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 1 for 'sliding_attention'")
 

@@ -275,7 +275,8 @@ class ChunkCarve(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, *dstate_end: Tensor | None) -> Any:
-        x, p, begins = ctx.saved_tensors[:6], ctx.saved_tensors[6:9], ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors
+        x, p, begins = saved[:6], saved[6:9], saved[9:]
         dx, dp, dstate = each(torch.zeros_like, x), each(torch.zeros_like, p), each(torch.clone, dstate_end)
         for i, segment in reversed(list(enumerate(ctx.segments))):
             rows = segment.active[0]
