@@ -155,8 +155,10 @@ def carve_gates(
     trace: list[CarveGates] = []
     with torch.no_grad():
         recurrent(tokens, cast(p, options), check_state(None, tokens, p, options, len(lengths)), options, trace)
-    b, a, b_blind, a_blind = (None if x[0] is None else torch.cat(x, 2).transpose(1, 2) for x in zip(*trace, strict=True))
-    return CarveGates(b, None if a is None else a.squeeze(-1), b_blind, None if a_blind is None else a_blind.squeeze(-1))
+    b, a, b_blind, a_blind = (None if x[0] is None else torch.cat(x, 2).transpose(1, 2) for x in zip(*trace))
+    if a is not None and a_blind is not None:
+        a, a_blind = a.squeeze(-1), a_blind.squeeze(-1)
+    return CarveGates(b, a, b_blind, a_blind)
 
 
 def cast(p: Projections, options: Options) -> Projections:
@@ -297,9 +299,10 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
     expect("initial_state.position", state.position, {"[N]": (N,)})
     if state.position.dtype != torch.int64:
         raise ValueError(f"initial_state.position has dtype {state.position.dtype}, expected torch.int64")
-    if state.position.device.type == "cpu" and not ((state.position >= 0) & (state.position < options.chunk_size)).all():
+    at = state.position
+    if at.device.type == "cpu" and not ((at >= 0) & (at < options.chunk_size)).all():
         raise ValueError(
-            f"initial_state.position is {state.position.tolist()}, expected values from 0 to below "
+            f"initial_state.position is {at.tolist()}, expected values from 0 to below "
             f"chunk_size = {options.chunk_size}: the state comes from another chunk size"
         )
     return state

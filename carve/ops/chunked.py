@@ -19,6 +19,7 @@ strong decay costs no precision in the weak one behind it.
 The backward saves the state at each segment of steps, and runs a segment again before it differentiates it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,13 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from carve.ops.recurrence import Options, Projections, Tokens, close_chunk, gates, head_first
+from carve.ops.recurrence import Options, Projections, Tokens, all_or_mask, close_chunk, gates, head_first
 from carve.ops.state import CarveState
 
 STEP = 64  # tokens in a triangular system
 BLOCK = 16  # tokens over which decay may be divided out
 MILD = 40.0  # exp(40) leaves float32 room for products of 1e20 on either side
 SEGMENT = 256  # tokens that are prepared, and run again in the backward, together
+
+
+def each(function: Callable[[Any], Any], tensors: Iterable[Tensor | None]) -> list[Any]:
+    """`function` of every tensor, None where there is none."""
+    return [None if x is None else function(x) for x in tensors]
 
 
 class Grid(NamedTuple):
@@ -75,106 +81,134 @@ def lay_grid(lengths: Tensor, position: Tensor, chunk_size: int) -> Grid:
     return Grid(order, active.tolist(), tokens, closes, (position + lengths) % chunk_size)
 
 
+@functools.lru_cache
+def summing(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros and ones that add up g by a product: terms are only added, so nothing cancels.
+
+    Returns:
+        in_block `[3 size, size]`: g of a block's tokens to sums up to and with each token, behind each token, and
+            minus the first; over_blocks `[2 blocks + blocks^2, blocks]`: sums of blocks to those before each block,
+            behind each block, and between any two; earlier `[blocks, blocks]`: whether j is before i.
+    """
+    ones = torch.ones(size, size, dtype=dtype, device=device)
+    in_block = torch.cat([ones.tril(), ones.triu(1), -ones.tril()])
+    i, j, t = torch.meshgrid(*[torch.arange(blocks, device=device)] * 3, indexing="ij")
+    over_blocks = torch.cat([(t < i)[:, 0], (t > i)[:, 0], ((j < t) & (t < i)).flatten(0, 1)]).to(dtype)
+    return in_block, over_blocks, (j < i)[..., 0].to(dtype)
+
+
 class Pairs(NamedTuple):
     """The F blocks that decay too strongly to divide, with k_j exp(G_i - G_j) pair by pair."""
 
-    slot: Tensor  # [F], ascending
-    head: Tensor  # [F]
+    row: Tensor  # [F], ascending
     block: Tensor  # [F]
     k: Tensor  # [F, BLOCK (i), BLOCK (j), K], 0 for i < j
 
-    def split(self, slots: list[int]) -> list["Pairs"]:
-        """Those of the first `slots[0]` slots, of the next `slots[1]`, and so on, each counted from its first."""
-        ends = torch.tensor([0, *slots], device=self.slot.device).cumsum(0)
-        counts = torch.searchsorted(self.slot, ends).diff().tolist()
+    def split(self, rows: list[int]) -> list["Pairs"]:
+        """Those of the first `rows[0]` rows, of the next `rows[1]`, and so on, each counted from its first."""
+        if not len(self.row):
+            return [self] * len(rows)
+        ends = torch.tensor([0, *rows], device=self.row.device).cumsum(0)
+        counts = torch.searchsorted(self.row, ends).diff().tolist()
         parts = zip(ends.tolist(), *(x.split(counts) for x in self), strict=False)
-        return [Pairs(slot - first, head, block, k) for first, slot, head, block, k in parts]
+        return [Pairs(row - first, block, k) for first, row, block, k in parts]
 
 
-def decayed_products(rows: Tensor, exp_upto: Tensor, k_col: Tensor, pairs: Pairs) -> Tensor:
-    """sum_d rows_i k_j exp(G_i - G_j), `[slots, HV, L, L]`; right for i >= j only, to be masked elsewhere.
+def pair_up(k: Tensor, g: Tensor, strong: Tensor) -> Pairs:
+    """k, g: `[rows, blocks, BLOCK, K]`; strong: `[rows, blocks]` bool."""
+    at = strong.nonzero(as_tuple=True)
+    size, K = k.shape[-2:]
+    i, j, t = torch.meshgrid(*[torch.arange(size, device=g.device)] * 3, indexing="ij")
+    apart = (((j < t) & (t <= i)).to(g).flatten(0, 1) @ g[at]).view(-1, size, size, K)  # G_i - G_j
+    return Pairs(*at, apart.exp() * (i >= j)[..., 0].unsqueeze(-1) * k[at].unsqueeze(1))
 
-    rows, exp_upto: `[slots, HV, L, K]`; k_col: `[slots, HV, blocks, L, K]`.
+
+def decayed_products(x: Tensor, x_row: Tensor, k_col: Tensor, pairs: Pairs) -> Tensor:
+    """sum_d x_i k_j exp(G_i - G_j), `[rows, L, L]`; right for i >= j only, to be masked elsewhere.
+
+    x: `[rows, L, K]`; x_row, k_col: as k_row and k_col of `Prepared`.
     """
-    slots, heads, blocks, L, K = k_col.shape
-    in_blocks = (slots, heads, blocks, L // blocks, K)
-    products = (rows * exp_upto).view(in_blocks) @ k_col.mT  # [slots, HV, blocks, BLOCK, L]
-    if len(pairs.slot):  # the others left these diagonal blocks 0
-        at = (pairs.slot, pairs.head, pairs.block)
-        diagonal = (pairs.k @ rows.view(in_blocks)[at].unsqueeze(-1)).squeeze(-1)
-        products = products.view(*in_blocks[:4], blocks, L // blocks)
+    rows, L, K = x_row.shape
+    blocks = len(k_col) // rows
+    in_blocks = (rows, blocks, L // blocks)
+    products = torch.bmm(x_row.view(rows * blocks, -1, K), k_col.mT)
+    if len(pairs.row):  # k_col left these diagonal blocks 0
+        at = (pairs.row, pairs.block)
+        diagonal = (pairs.k @ x.view(*in_blocks, K)[at].unsqueeze(-1)).squeeze(-1)
+        products = products.view(*in_blocks, blocks, L // blocks)
         products[(*at, slice(None), pairs.block)] = diagonal
-    return products.view(slots, heads, L, L)
+    return products.view(rows, L, L)
 
 
 class Prepared(NamedTuple):
-    """What of the slots does not depend on the content; L lanes are `blocks` of at most `BLOCK` tokens."""
+    """What does not depend on the content. A row is a head of a slot; its L lanes are blocks of `BLOCK` tokens."""
 
-    k: Tensor  # [slots, HV, L, K]
-    v: Tensor  # [slots, HV, L, V]
-    e: Tensor  # [slots, HV, L, K]
-    w: Tensor | None  # [slots, HV, L]
-    exp_upto: Tensor  # [slots, HV, L, K]: exp(G_i - G at the start of i's block)
-    k_col: Tensor  # [slots, HV, blocks (of i), L, K]: k_j exp(G at the start of i's block - G_j)
-    exp_G: Tensor  # [slots, HV, L, K]
-    q_in: Tensor  # [slots, HV, L, K]: scale q exp G
-    k_out: Tensor  # [slots, HV, L, K]: k exp(G_C - G)
-    M: Tensor  # [slots, HV, L, L]
-    decay: Tensor  # [slots, HV, K, 1]: exp G_C
+    k: Tensor  # [rows, L, K]
+    v: Tensor  # [rows, L, V]
+    e: Tensor  # [rows, L, K]
+    w: Tensor | None  # [rows, L, 1]
+    k_row: Tensor  # [rows, L, K]: k_i exp(G_i - G at the start of i's block)
+    k_col: Tensor  # [rows * blocks (of i), L, K]: k_j exp(G at the start of i's block - G_j)
+    k_in: Tensor  # [rows, L, K]: k exp G
+    q_in: Tensor  # [rows, L, K]: scale q exp G
+    k_out: Tensor  # [rows, L, K]: k exp(G_C - G)
+    M: Tensor  # [rows, L, L]
+    decay: Tensor  # [rows, K, 1]: exp G_C
 
-    def split(self, slots: list[int]) -> "list[Prepared]":
-        """The first `slots[0]` slots, the next `slots[1]`, and so on."""
-        columns = ([None] * len(slots) if x is None else x.split(slots) for x in self)
-        return [Prepared(*row) for row in zip(*columns, strict=True)]
+    def split(self, rows: list[int]) -> "list[Prepared]":
+        """The first `rows[0]` rows, the next `rows[1]`, and so on."""
+        columns = each(lambda x: x.split([n * (len(x) // len(self.k)) for n in rows]), self)
+        columns = [[None] * len(rows) if x is None else x for x in columns]
+        return [Prepared(*step) for step in zip(*columns, strict=True)]
 
 
 def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     """x: `[slots, L, H, ...]`, zeros in the empty lanes."""
-    q, k, v, g, e, w = head_first(x, options)
-    q = q * options.scale
-    slots, heads, L, K = k.shape
+    q, k, v, g, e, w = each(lambda y: y.flatten(0, 1), head_first(x, options))
+    rows, L, K = k.shape
     size = min(BLOCK, L)
     blocks = L // size
-    in_blocks = (slots, heads, blocks, size, K)
-    g, k_blocks = g.reshape(in_blocks), k.reshape(in_blocks)
+    in_blocks = (rows, blocks, size, K)
+    q, k, g = (q * options.scale).view(in_blocks), k.view(in_blocks), g.view(in_blocks)
+    in_block, over_blocks, earlier = summing(blocks, size, g.dtype, g.device)
 
-    # -- sums of g: products with zeros and ones, so that terms are only added and nothing cancels --
-    i, j, t = torch.meshgrid(*[torch.arange(blocks, device=g.device)] * 3, indexing="ij")
-    ones = g.new_ones(size, size)
-    upto = ones.tril() @ g  # over the tokens of the block up to and with this one
-    after = ones.triu(1) @ g  # over those behind it
-    total = upto[..., -1, :]  # over the block, [slots, HV, blocks, K]
-    before_block = (t < i)[:, 0].to(g) @ total
-    after_block = (t > i)[:, 0].to(g) @ total
-    between = ((j < t) & (t < i)).to(g).flatten(0, 1) @ total  # [slots, HV, blocks * blocks, K]
+    # -- exp of sums of g: up to, after and minus up to each token; before, after and between blocks --
+    sums = in_block @ g
+    total = sums[:, :, size - 1]  # [rows, blocks, K]
+    strong = (total < -MILD).any(-1)
+    if strong.any():
+        pairs = pair_up(k, g, strong)
+        mild = ~strong[..., None, None]
+        sums[:, :, 2 * size :] *= mild
+    else:
+        pairs, mild = Pairs(*[total.new_empty(0, dtype=torch.int64)] * 2, total.new_empty(0, size, size, K)), None
+    upto, after, minus_upto = sums.exp().split(size, dim=2)
+    before_block, after_block, between = (over_blocks @ total).exp().split([blocks, blocks, blocks**2], dim=1)
 
     # -- exp(G_i - G_j), split at the start of i's block --
-    exp_upto, k_after = upto.exp(), k_blocks * after.exp()
-    earlier = (j < i)[..., 0].view(blocks, blocks, 1, 1)
-    k_col = k_after.unsqueeze(2) * (between.exp().view(slots, heads, blocks, blocks, 1, K) * earlier)
-    strong = (total < -MILD).any(-1)
-    k_divided = k_blocks * (-upto.masked_fill(strong[..., None, None], 0)).exp()
-    k_col.diagonal(0, 2, 3).copy_(k_divided.masked_fill(strong[..., None, None], 0).movedim(2, -1))
-    k_col = k_col.view(slots, heads, blocks, L, K)
-    at = strong.nonzero(as_tuple=True)
-    i, j, t = torch.meshgrid(*[torch.arange(size, device=g.device)] * 3, indexing="ij")
-    apart = (((j < t) & (t <= i)).to(g).flatten(0, 1) @ g[at]).view(-1, size, size, K)
-    pairs = Pairs(*at, apart.exp() * ones.tril().unsqueeze(-1) * k_blocks[at].unsqueeze(1))
+    k_after, k_divided = k * after, k * minus_upto
+    between = between.view(rows, blocks, blocks, 1, K) * earlier.view(blocks, blocks, 1, 1)
+    k_col = k_after.unsqueeze(1) * between
+    k_col.diagonal(0, 1, 2).copy_((k_divided if mild is None else k_divided * mild).movedim(1, -1))
+    k_col = k_col.view(rows * blocks, L, K)
 
-    exp_G = (exp_upto * before_block.exp().unsqueeze(-2)).view(k.shape)
-    exp_upto = exp_upto.view(k.shape)
-    k_out = (k_after * after_block.exp().unsqueeze(-2)).view(k.shape)
-    M = decayed_products(q, exp_upto, k_col, pairs).tril()
-    decay = total.sum(2).exp().unsqueeze(-1)
-    return Prepared(k, v, e, w, exp_upto, k_col, exp_G, q * exp_G, k_out, M, decay), pairs
+    q_row, k_row = q * upto, k * upto
+    before_block = before_block.unsqueeze(2)
+    k_in, q_in, k_out = k_row * before_block, q_row * before_block, k_after * after_block.unsqueeze(2)
+    k, q, k_row, q_row, k_in, q_in, k_out = (y.view(rows, L, K) for y in (k, q, k_row, q_row, k_in, q_in, k_out))
+    M = decayed_products(q, q_row, k_col, pairs).tril()
+    decay = total.sum(1).exp().unsqueeze(-1)
+    return Prepared(k, v, e, w, k_row, k_col, k_in, q_in, k_out, M, decay), pairs
 
 
 class Segment(NamedTuple):
     """Steps that are prepared together."""
 
     active: list[int]  # sequences in each step
-    tokens: Tensor  # [slots, L]
-    closes: Tensor  # [slots]
+    tokens: Tensor  # [slots * L], 0 in the empty lanes
+    held: Tensor | None  # [slots * L] whether the lane holds a token; None if all do
+    lanes: int  # L
+    closes: list[Tensor | bool]  # of each step, whether a chunk ends there: [sequences], or one for all
 
 
 def cut_segments(grid: Grid, device: torch.device) -> list[Segment]:
@@ -183,7 +217,12 @@ def cut_segments(grid: Grid, device: torch.device) -> list[Segment]:
     while step < len(grid.active):
         active = grid.active[step : step + max(1, SEGMENT // (grid.active[step] * grid.tokens.shape[1]))]
         slots = slice(slot, slot + sum(active))
-        segments.append(Segment(active, grid.tokens[slots].to(device), grid.closes[slots].to(device)))
+        closes = [all_or_mask(full) for full in grid.closes[slots].split(active)]
+        closes = [full if isinstance(full, bool) else full.to(device) for full in closes]
+        tokens = grid.tokens[slots].flatten()
+        held = None if bool((tokens >= 0).all()) else (tokens >= 0).to(device)
+        tokens = tokens.clamp(min=0).to(device)
+        segments.append(Segment(active, tokens, held, grid.tokens.shape[1], closes))
         step, slot = step + len(active), slots.stop
     return segments
 
@@ -203,48 +242,46 @@ def run_steps(
     with torch.autocast(x.v.device.type, enabled=False):
         prepared, pairs = prepare(x, options)
         memory, content, content_sum = begin
+        heads = x.v.shape[2]
+        rows = [n * heads for n in segment.active]
         outputs, ended = [], []
-        for n, full, step, strong in zip(
-            segment.active,
-            segment.closes.split(segment.active),
-            prepared.split(segment.active),
-            pairs.split(segment.active),
-            strict=True,
-        ):
+        steps = zip(segment.active, segment.closes, prepared.split(rows), pairs.split(rows), strict=True)
+        for n, full, step, strong in steps:
             if n < len(memory):  # some sequences have come to their end
-                ended.append(each(lambda y: y[n:], (memory, content, content_sum)))
-                memory, content, content_sum = each(lambda y: y[:n], (memory, content, content_sum))
-            b, a = gates(step.k, step.e, step.w, content, p, options)
-            bk = b * step.k
-            A = decayed_products(bk, step.exp_upto, step.k_col, strong)
-            u = (step.v if a is None else a * step.v) - (bk * step.exp_G) @ memory
+                ended.append(each(lambda y: y[n:], (memory, content, content_sum)))  # noqa: B023
+                memory, content, content_sum = each(lambda y: y[:n], (memory, content, content_sum))  # noqa: B023
+            # per head, as [n, HV, ...]: what the gates need; the rest per row, as [n * HV, ...]
+            k, e, w = each(lambda y: y.view(n, heads, *y.shape[1:]), (step.k, step.e, step.w))  # noqa: B023
+            b, a = each(lambda y: y.flatten(0, 1), gates(k, e, w, content, p, options))
+            S = memory.flatten(0, 1)
+            A = decayed_products(b * step.k if len(strong.row) else b, b * step.k_row, step.k_col, strong)
+            u = torch.baddbmm(step.v if a is None else a * step.v, b * step.k_in, S, alpha=-1)
             v_new = torch.linalg.solve_triangular(A, u, upper=False, unitriangular=True)  # of A, what is below
-            o = step.q_in @ memory + step.M @ v_new
-            memory = step.decay * memory + step.k_out.mT @ v_new
+            o = torch.baddbmm(torch.bmm(step.q_in, S), step.M, v_new)
+            memory = torch.baddbmm(step.decay * S, step.k_out.mT, v_new).view(memory.shape)
+            o = o.view(n, heads, *o.shape[1:])
             if content_sum is not None:
                 content_sum = content_sum + o.sum(-2)
             content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
             outputs.append(o)
-        rows = zip((memory, content, content_sum), *reversed(ended), strict=True)
-        return torch.cat(outputs).transpose(1, 2), *(None if y[0] is None else torch.cat(y) for y in rows)
+        state = zip((memory, content, content_sum), *reversed(ended), strict=True)
+        return torch.cat(outputs).transpose(1, 2), *(None if y[0] is None else torch.cat(y) for y in state)
 
 
-def gather(x: Tensor, tokens: Tensor) -> Tensor:
+def gather(x: Tensor, segment: Segment) -> Tensor:
     """`[all tokens, ...]` to `[slots, L, ...]`, zeros in the empty lanes."""
-    y = x.index_select(0, tokens.clamp(min=0).flatten()).view(*tokens.shape, *x.shape[1:])
-    empty = tokens < 0
-    return y.masked_fill_(empty.view(*tokens.shape, *[1] * (x.dim() - 1)), 0) if empty.any() else y
+    y = x.index_select(0, segment.tokens)
+    if segment.held is not None:
+        y.masked_fill_(~segment.held.view(-1, *[1] * (x.dim() - 1)), 0)
+    return y.view(-1, segment.lanes, *x.shape[1:])
 
 
-def scatter(y: Tensor, tokens: Tensor, out: Tensor) -> None:
+def scatter(y: Tensor, segment: Segment, out: Tensor) -> None:
     """`[slots, L, ...]` into its places in `out`, `[all tokens, ...]`; empty lanes are dropped."""
-    held = tokens >= 0
-    out[tokens[held]] = y[held].to(out.dtype)
-
-
-def each(function: Callable[[Any], Any], tensors: Iterable[Tensor | None]) -> list[Any]:
-    """`function` of every tensor, None where there is none."""
-    return [None if x is None else function(x) for x in tensors]
+    y, tokens = y.flatten(0, 1), segment.tokens
+    if segment.held is not None:
+        y, tokens = y[segment.held], tokens[segment.held]
+    out.index_copy_(0, tokens, y.to(out.dtype))
 
 
 class ChunkCarve(torch.autograd.Function):
@@ -262,9 +299,9 @@ class ChunkCarve(torch.autograd.Function):
         for segment in segments:
             begin = each(lambda y: y[: segment.active[0]].clone(), state)  # noqa: B023
             begins += begin if any(ctx.needs_input_grad) else []
-            inputs = Tokens(*each(lambda y: gather(y, segment.tokens), x))  # noqa: B023
+            inputs = Tokens(*each(lambda y: gather(y, segment), x))  # noqa: B023
             o_slots, *end = run_steps(segment, inputs, p, begin, options)
-            scatter(o_slots, segment.tokens, o)
+            scatter(o_slots, segment, o)
             for y, y_end in zip(state, end, strict=True):
                 if y is not None:
                     y[: segment.active[0]] = y_end
@@ -280,23 +317,19 @@ class ChunkCarve(torch.autograd.Function):
         dx, dp, dstate = each(torch.zeros_like, x), each(torch.zeros_like, p), each(torch.clone, dstate_end)
         for i, segment in reversed(list(enumerate(ctx.segments))):
             rows = segment.active[0]
-            inputs = each(lambda y: gather(y, segment.tokens), x)  # noqa: B023
+            inputs = each(lambda y: gather(y, segment), x)  # noqa: B023
             leaves = each(lambda y: y.detach().requires_grad_(), [*inputs, *p, *begins[3 * i : 3 * i + 3]])
             with torch.enable_grad():
                 o, *end = run_steps(segment, Tokens(*leaves[:6]), Projections(*leaves[6:9]), leaves[9:], ctx.options)
-            douts = [gather(do, segment.tokens).to(o.dtype), *each(lambda dy: dy[:rows], dstate)]  # noqa: B023
-            found = iter(
-                torch.autograd.grad(
-                    [y for y in (o, *end) if y is not None],
-                    [y for y in leaves if y is not None],
-                    [dy for dy in douts if dy is not None],
-                    materialize_grads=True,
-                )
-            )
+            douts = [gather(do, segment).to(o.dtype), *each(lambda dy: dy[:rows], dstate)]  # noqa: B023
+            outputs = [(y, dy) for y, dy in zip((o, *end), douts, strict=True) if y is not None and y.requires_grad]
+            wanted = [y for y in leaves if y is not None]
+            ends, douts = zip(*outputs, strict=True)
+            found = iter(torch.autograd.grad(ends, wanted, douts, materialize_grads=True))
             grads = each(lambda _: next(found), leaves)  # noqa: B023
             for dy, out in zip(grads[:6], dx, strict=True):
                 if out is not None:
-                    scatter(dy, segment.tokens, out)
+                    scatter(dy, segment, out)
             for dy, out in zip(grads[6:9], dp, strict=True):
                 if out is not None:
                     out += dy

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from carve.ops.state import CarveState
 
@@ -52,7 +53,7 @@ class Options(NamedTuple):
 
 
 def head_first(x: Tokens, options: Options) -> Tokens:
-    """`[N, T, H, ...]` to `[N, HV, T, ...]` in the compute dtype, q and k normalised if asked."""
+    """`[N, T, H, ...]` to `[N, HV, T, ...]`, w to `[N, HV, T, 1]`, in the compute dtype; normalises q and k if asked."""
     heads = x.v.shape[2]
 
     def lay_out(y: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def head_first(x: Tokens, options: Options) -> Tokens:
     q, k = x.q.to(options.dtype), x.k.to(options.dtype)
     if options.qk_l2norm:
         q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
-    w = None if x.w is None else x.w.transpose(1, 2).to(options.dtype)
+    w = None if x.w is None else x.w.transpose(1, 2).unsqueeze(-1).to(options.dtype)
     return Tokens(lay_out(q), lay_out(k), lay_out(x.v), lay_out(x.g), lay_out(x.e), w)
 
 
@@ -70,37 +71,50 @@ def gates(
 ) -> tuple[Tensor, Tensor | None]:
     """Erase gate b `[N, HV, T, K]` and write gate a `[N, HV, T, 1]` (None for 1) of tokens of one chunk.
 
-    k, e: `[N, HV, T, K]`; w: `[N, HV, T]` or None; content: see `CarveState`.
+    k, e: `[N, HV, T, K]`; w: `[N, HV, T, 1]` or None; content: see `CarveState`.
     """
     if content is not None:
         z = k @ content if options.content == "read" else content.unsqueeze(-2)  # [N, HV, T or 1, R]
         if options.content_norm == "rms":
-            z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-8)
+            z = rms_norm(z, z.shape[-1:], eps=1e-8)
         if p.up is not None:
             e = e + z @ p.up
         if p.write is not None and w is not None:
-            w = w + (z @ p.write.unsqueeze(-1)).squeeze(-1)
+            w = w + z @ p.write.unsqueeze(-1)
     b = e.sigmoid() * 2 if options.allow_neg_eigval else e.sigmoid()
-    return b, None if w is None else w.sigmoid().unsqueeze(-1)
+    return b, None if w is None else w.sigmoid()
+
+
+def all_or_mask(full: Tensor) -> Tensor | bool:
+    """True or False if `full` (`[N]` bool) is so for all sequences, which is cheaper to act on; else full itself."""
+    count = int(full.sum())
+    return bool(count) if count in (0, len(full)) else full
 
 
 def close_chunk(
-    memory: Tensor, content: Tensor | None, content_sum: Tensor | None, full: Tensor, p: Projections, options: Options
+    memory: Tensor,
+    content: Tensor | None,
+    content_sum: Tensor | None,
+    full: Tensor | bool,
+    p: Projections,
+    options: Options,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Content and content_sum after a token: those of the next chunk for the sequences whose chunk is `full`.
 
-    memory, content, content_sum: see `CarveState`; full: `[N]` bool.
+    memory, content, content_sum: see `CarveState`; full: `[N]` bool, or one for all.
     """
-    if content is None or p.down is None or not full.any():
+    if content is None or p.down is None or full is False:
         return content, content_sum
     if content_sum is None:
         fresh = memory @ p.down  # Z = S P_down, [N, HV, K, R]
     else:
-        fresh = torch.einsum("nhv,hvr->nhr", content_sum / options.chunk_size, p.down)
+        fresh = ((content_sum / options.chunk_size).unsqueeze(-2) @ p.down).squeeze(-2)
+    if full is True:
+        return fresh, None if content_sum is None else torch.zeros_like(content_sum)
+    assert isinstance(full, Tensor)
+    if content_sum is not None:
         content_sum = content_sum.masked_fill(full.view(-1, 1, 1), 0)
-    if not full.all():
-        fresh = torch.where(full.view(-1, *[1] * (content.dim() - 1)), fresh, content)
-    return fresh, content_sum
+    return torch.where(full.view(-1, *[1] * (content.dim() - 1)), fresh, content), content_sum
 
 
 def split_tokens(x: Tensor | None, T: int) -> Sequence[Tensor | None]:
@@ -141,7 +155,7 @@ def recurrent(
         position = position.masked_fill(full, 0)
         if content_sum is not None:
             content_sum = content_sum + o.squeeze(-2)
-        content, content_sum = close_chunk(S, content, content_sum, full, p, options)
+        content, content_sum = close_chunk(S, content, content_sum, all_or_mask(full), p, options)
     return torch.cat(outputs, dim=2).transpose(1, 2), CarveState(S, content, content_sum, position)
 
 
