@@ -94,7 +94,9 @@ def lay_out(
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif ((position_ids.expand(B, T).diff() <= 0) & real[:, 1:] & real[:, :-1]).any():
-            raise ValueError("position_ids restart in a batch with padding, expected either packed documents or padding")
+            raise ValueError(
+                "position_ids restart in a batch with padding, expected either packed documents or padding"
+            )
         if bool(real.all()):
             return Layout(None, None, position_ids)
         cu_seqlens = nn.functional.pad(real.sum(-1).cumsum(0), (1, 0))
@@ -105,7 +107,9 @@ def lay_out(
     restarts = nn.functional.pad(position_ids.expand(B, T).diff() != 1, (1, 0), value=True)
     if T > 1 and bool(restarts[:, 1:].any()):
         if past:
-            raise ValueError("position_ids restart, expected no packed documents with a cache that already holds tokens")
+            raise ValueError(
+                "position_ids restart, expected no packed documents with a cache that already holds tokens"
+            )
         cu_seqlens = nn.functional.pad(restarts.flatten().nonzero().flatten(), (0, 1), value=B * T)
         return Layout(None, cu_seqlens, position_ids)
     return Layout(None, None, position_ids)

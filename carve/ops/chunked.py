@@ -32,7 +32,7 @@ from carve.ops.state import CarveState
 
 STEP = 64  # tokens in a triangular system
 BLOCK = 16  # tokens over which decay may be divided out
-MILD = 40.0  # exp(40) leaves float32 room for products of 1e20 on either side
+MILD = 40.0  # exp(40) leaves float32 room for a factor of 1e20 on either side
 SEGMENT = 256  # tokens that are prepared, and run again in the backward, together
 
 
@@ -147,12 +147,12 @@ class Prepared(NamedTuple):
     v: Tensor  # [rows, L, V]
     e: Tensor  # [rows, L, K]
     w: Tensor | None  # [rows, L, 1]
+    q_row: Tensor  # [rows, L, K]: q_i exp(G_i - G at the start of i's block)
     k_row: Tensor  # [rows, L, K]: k_i exp(G_i - G at the start of i's block)
     k_col: Tensor  # [rows * blocks (of i), L, K]: k_j exp(G at the start of i's block - G_j)
-    k_in: Tensor  # [rows, L, K]: k exp G
-    q_in: Tensor  # [rows, L, K]: scale q exp G
+    start: Tensor  # [rows, blocks, 1, K]: exp(G at the start of the block)
     k_out: Tensor  # [rows, L, K]: k exp(G_C - G)
-    M: Tensor  # [rows, L, L]
+    M: Tensor  # [rows, L, L]: sum_d q_i k_j exp(G_i - G_j), 0 for i < j
     decay: Tensor  # [rows, K, 1]: exp G_C
 
     def split(self, rows: list[int]) -> "list[Prepared]":
@@ -169,43 +169,40 @@ def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     size = min(BLOCK, L)
     blocks = L // size
     in_blocks = (rows, blocks, size, K)
-    q, k, g = (q * options.scale).view(in_blocks), k.view(in_blocks), g.view(in_blocks)
+    q, k, g = (y.view(in_blocks) for y in (q, k, g))
     in_block, over_blocks, earlier = summing(blocks, size, g.dtype, g.device)
 
-    # -- exp of sums of g: up to, after and minus up to each token; before, after and between blocks --
+    # -- exp of sums of g: up to, behind and minus up to each token; before, behind and between blocks --
     sums = in_block @ g
-    total = sums[:, :, size - 1]  # [rows, blocks, K]
+    total = sums[:, :, size - 1].clone()  # [rows, blocks, K]
     strong = (total < -MILD).any(-1)
-    if strong.any():
-        pairs = pair_up(k, g, strong)
-        mild = ~strong[..., None, None]
-        sums[:, :, 2 * size :] *= mild
-    else:
-        pairs, mild = Pairs(*[total.new_empty(0, dtype=torch.int64)] * 2, total.new_empty(0, size, size, K)), None
-    upto, after, minus_upto = sums.exp().split(size, dim=2)
-    before_block, after_block, between = (over_blocks @ total).exp().split([blocks, blocks, blocks**2], dim=1)
+    pairs = pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0].nonzero(as_tuple=True), k[:0, 0, :, None])
+    k_mild = k
+    if len(pairs.row):
+        sums[:, :, 2 * size :].masked_fill_(strong[..., None, None], 0)  # whose exp would overflow
+        k_mild = k.masked_fill(strong[..., None, None], 0)
+    upto, behind, minus_upto = sums.exp_().split(size, dim=2)
+    before_block, behind_block, between = (over_blocks @ total).exp_().split([blocks, blocks, blocks**2], dim=1)
 
     # -- exp(G_i - G_j), split at the start of i's block --
-    k_after, k_divided = k * after, k * minus_upto
+    q_row, k_row, k_behind = q * upto, k * upto, k * behind
     between = between.view(rows, blocks, blocks, 1, K) * earlier.view(blocks, blocks, 1, 1)
-    k_col = k_after.unsqueeze(1) * between
-    k_col.diagonal(0, 1, 2).copy_((k_divided if mild is None else k_divided * mild).movedim(1, -1))
+    k_col = k_behind.unsqueeze(1) * between
+    k_col.diagonal(0, 1, 2).copy_((k_mild * minus_upto).movedim(1, -1))
     k_col = k_col.view(rows * blocks, L, K)
 
-    q_row, k_row = q * upto, k * upto
-    before_block = before_block.unsqueeze(2)
-    k_in, q_in, k_out = k_row * before_block, q_row * before_block, k_after * after_block.unsqueeze(2)
-    k, q, k_row, q_row, k_in, q_in, k_out = (y.view(rows, L, K) for y in (k, q, k_row, q_row, k_in, q_in, k_out))
-    M = decayed_products(q, q_row, k_col, pairs).tril()
+    k_out = k_behind * behind_block.unsqueeze(2)
+    k, q, k_row, q_row, k_out = (y.view(rows, L, K) for y in (k, q, k_row, q_row, k_out))
+    M = decayed_products(q, q_row, k_col, pairs).tril_()
     decay = total.sum(1).exp().unsqueeze(-1)
-    return Prepared(k, v, e, w, k_row, k_col, k_in, q_in, k_out, M, decay), pairs
+    return Prepared(k, v, e, w, q_row, k_row, k_col, before_block.unsqueeze(2), k_out, M, decay), pairs
 
 
 class Segment(NamedTuple):
     """Steps that are prepared together."""
 
     active: list[int]  # sequences in each step
-    tokens: Tensor  # [slots * L], 0 in the empty lanes
+    tokens: Tensor | slice  # [slots * L], 0 in the empty lanes; a slice if they follow each other
     held: Tensor | None  # [slots * L] whether the lane holds a token; None if all do
     lanes: int  # L
     closes: list[Tensor | bool]  # of each step, whether a chunk ends there: [sequences], or one for all
@@ -221,8 +218,9 @@ def cut_segments(grid: Grid, device: torch.device) -> list[Segment]:
         closes = [full if isinstance(full, bool) else full.to(device) for full in closes]
         tokens = grid.tokens[slots].flatten()
         held = None if bool((tokens >= 0).all()) else (tokens >= 0).to(device)
-        tokens = tokens.clamp(min=0).to(device)
-        segments.append(Segment(active, tokens, held, grid.tokens.shape[1], closes))
+        in_order = held is None and bool((tokens.diff() == 1).all())
+        places = slice(int(tokens[0]), int(tokens[-1]) + 1) if in_order else tokens.clamp(min=0).to(device)
+        segments.append(Segment(active, places, held, grid.tokens.shape[1], closes))
         step, slot = step + len(active), slots.stop
     return segments
 
@@ -253,11 +251,14 @@ def run_steps(
             # per head, as [n, HV, ...]: what the gates need; the rest per row, as [n * HV, ...]
             k, e, w = each(lambda y: y.view(n, heads, *y.shape[1:]), (step.k, step.e, step.w))  # noqa: B023
             b, a = each(lambda y: y.flatten(0, 1), gates(k, e, w, content, p, options))
-            S = memory.flatten(0, 1)
-            A = decayed_products(b * step.k if len(strong.row) else b, b * step.k_row, step.k_col, strong)
-            u = torch.baddbmm(step.v if a is None else a * step.v, b * step.k_in, S, alpha=-1)
+            S, q_row, bk_row = memory.flatten(0, 1), step.q_row, b * step.k_row
+            A = decayed_products(b * step.k if len(strong.row) else b, bk_row, step.k_col, strong)
+            q_in, bk_in = (
+                (y.view(*step.start.shape[:2], -1, y.shape[2]) * step.start).view(y.shape) for y in (q_row, bk_row)
+            )
+            u = torch.baddbmm(step.v if a is None else a * step.v, bk_in, S, alpha=-1)
             v_new = torch.linalg.solve_triangular(A, u, upper=False, unitriangular=True)  # of A, what is below
-            o = torch.baddbmm(torch.bmm(step.q_in, S), step.M, v_new)
+            o = torch.baddbmm(torch.bmm(q_in, S), step.M, v_new, beta=options.scale, alpha=options.scale)
             memory = torch.baddbmm(step.decay * S, step.k_out.mT, v_new).view(memory.shape)
             o = o.view(n, heads, *o.shape[1:])
             if content_sum is not None:
@@ -270,7 +271,7 @@ def run_steps(
 
 def gather(x: Tensor, segment: Segment) -> Tensor:
     """`[all tokens, ...]` to `[slots, L, ...]`, zeros in the empty lanes."""
-    y = x.index_select(0, segment.tokens)
+    y = x[segment.tokens]
     if segment.held is not None:
         y.masked_fill_(~segment.held.view(-1, *[1] * (x.dim() - 1)), 0)
     return y.view(-1, segment.lanes, *x.shape[1:])
@@ -281,7 +282,7 @@ def scatter(y: Tensor, segment: Segment, out: Tensor) -> None:
     y, tokens = y.flatten(0, 1), segment.tokens
     if segment.held is not None:
         y, tokens = y[segment.held], tokens[segment.held]
-    out.index_copy_(0, tokens, y.to(out.dtype))
+    out[tokens] = y.to(out.dtype)
 
 
 class ChunkCarve(torch.autograd.Function):

@@ -164,9 +164,7 @@ def recurrent_packed(
 ) -> tuple[Tensor, CarveState]:
     """Run N sequences packed into B = 1, each of its own length (`[N]` int64, CPU), one after the other."""
     pieces = zip(*([None] * len(lengths) if y is None else y.split(lengths.tolist(), dim=1) for y in x), strict=True)
-    runs = [
-        recurrent(Tokens(*piece), p, state.select(torch.tensor([n])), options) for n, piece in enumerate(pieces)
-    ]
+    runs = [recurrent(Tokens(*piece), p, state.select(torch.tensor([n])), options) for n, piece in enumerate(pieces)]
     outputs, states = zip(*runs, strict=True)
     return torch.cat(outputs, dim=1), CarveState(
         *(None if y[0] is None else torch.cat(y) for y in zip(*states, strict=True))
