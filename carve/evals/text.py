@@ -30,16 +30,26 @@ def read_documents(path: str | os.PathLike[str]) -> Iterator[Iterator[str]]:
         ValueError: not UTF-8, not JSON lines, or no text field. The message names the file and the place.
         ImportError: a parquet file, and pyarrow is not installed.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the files in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    path = _existing(path)
     if path.suffix == ".jsonl":
         return ((text for text in (document,)) for document in _json_lines(path))
     if path.suffix == ".parquet":
         return ((text for text in (document,)) for document in _parquet_rows(path))
     return iter([_text_blocks(path)])
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The whole of a plain UTF-8 text file, byte for byte; errors as in `read_documents`."""
+    return "".join(_text_blocks(_existing(path)))
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    return path
 
 
 def _text_blocks(path: Path) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """Opening a checkpoint folder: the model and its tokenizer, or one clear line on what is wrong with it."""
 
 import json
+import logging
 import os
-import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from carve.models.configuration_carve import CarveConfig
 from carve.models.modeling_carve import CarveForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
@@ -33,7 +36,7 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
         try:
             _check_complete(step)
         except ValueError as error:
-            warnings.warn(f"{error}; looking for the checkpoint before it", stacklevel=2)
+            logger.warning("%s; looking for the checkpoint before it", error)
         else:
             return step
     raise ValueError(f"{folder} has no config.json and no complete checkpoint-N folder in it: not a checkpoint")
@@ -57,7 +60,8 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json and tokenizer_config.json") from error
-    model, info = CarveForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    loaded: Any = CarveForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{folder} lacks {len(info['missing_keys'])} of the model's weights: {names}, ...")

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -116,3 +117,22 @@ def test_no_text_is_an_error_not_a_number(model: PreTrainedModel, tokenizer: Pre
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
     assert Perplexity(nats=1e6, tokens=10, text_tokens=10, bytes=10).perplexity == math.inf
     assert math.isnan(Perplexity(nats=math.nan, tokens=10, text_tokens=10, bytes=10).perplexity)
+
+
+def test_a_text_is_read_no_further_than_it_is_scored(
+    model: PreTrainedModel, tokenizer_with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carve.evals.text.tokenize_stream.__kwdefaults__", {"piece": 100})
+    read = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal read
+        for _ in range(60):
+            read += 50
+            yield "fifty characters to a block, line after the other\n"
+
+    def check(so_far: Perplexity) -> None:
+        assert so_far.bytes <= read
+        assert read - so_far.tokens < 1000  # a piece of text, its context and a piece of tokens
+
+    assert perplexity(model, tokenizer_with_bos, [blocks()], piece=64, on_progress=check).tokens == 3000

@@ -1,0 +1,133 @@
+"""`carve eval`: perplexity of a checkpoint on files, with progress on stderr and a table at the end."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from carve.evals.perplexity import Perplexity, perplexity
+from carve.evals.text import read_documents
+from carve.models.checkpoint import load_checkpoint
+
+
+def evaluate_files(
+    checkpoint: str | os.PathLike[str],
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    json_path: str | os.PathLike[str] | None = None,
+) -> bool:
+    """Score files with the model of a checkpoint folder; print a table, and write the raw numbers as JSON if asked.
+
+    An interrupt (Ctrl-C) ends the scoring; what was scored until then is printed and written all the same.
+
+    Args:
+        checkpoint: a checkpoint folder, or the folder of a training run.
+        paths: text files, `.jsonl` or `.parquet`; see `read_documents`.
+        window, stride: see `perplexity`.
+        json_path: where to write `{"checkpoint", "window", "stride", "complete", "files": [...], "total": {...}}`.
+
+    Returns:
+        whether it got to the end.
+
+    Raises:
+        OSError, ValueError, ImportError: as `load_checkpoint`, `read_documents` and `perplexity`; before any work
+            where the reason is to be seen before.
+    """
+    for path in paths:
+        read_documents(path)  # raises if it is not there
+        if not Path(path).stat().st_size:
+            raise ValueError(f"{os.fspath(path)} is empty: no text to score")
+    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {Path(json_path).absolute().parent}")
+    model, tokenizer = load_checkpoint(checkpoint)
+
+    results: dict[str, Perplexity] = {}
+    complete = False
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        try:
+            for path in paths:
+                # The bytes of the text are those of the file only in plain text: elsewhere the end is not known.
+                plain = Path(path).suffix not in (".jsonl", ".parquet")
+                total = Path(path).stat().st_size if plain else None
+                task = progress.add_task(os.fspath(path), total=total or None, status="")
+
+                def show(result: Perplexity, name: str = os.fspath(path), task: Any = task) -> None:
+                    results[name] = result
+                    status = f"{result.tokens:,} tokens, {result.bits_per_byte:.4f} bits/byte"
+                    progress.update(task, completed=result.bytes, status=status)
+
+                documents = read_documents(path)
+                result = perplexity(model, tokenizer, documents, window=window, stride=stride, on_progress=show)
+                progress.update(task, total=result.bytes)
+            complete = True
+        except KeyboardInterrupt:
+            pass
+
+    if not results:
+        print("interrupted before anything was scored", file=sys.stderr)
+        return False
+    _print_table(results, first_scored=tokenizer.bos_token_id is not None, window=window, stride=stride)
+    if not complete:
+        print("interrupted: the numbers are those of the text scored until then", file=sys.stderr)
+    if json_path is not None:
+        record: dict[str, Any] = {
+            "checkpoint": os.fspath(checkpoint),
+            "window": window,
+            "stride": stride,
+            "complete": complete,
+        }
+        record["files"] = [{"path": name, **_numbers(result)} for name, result in results.items()]
+        record["total"] = _numbers(sum(results.values(), Perplexity()))
+        partial = Path(f"{os.fspath(json_path)}.partial")
+        try:
+            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, json_path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return complete
+
+
+def _numbers(result: Perplexity) -> dict[str, float | None]:
+    derived = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte}
+    numbers = dataclasses.asdict(result) | derived
+    return {name: x if math.isfinite(x) else None for name, x in numbers.items()}  # JSON has no infinity
+
+
+def _print_table(results: dict[str, Perplexity], *, first_scored: bool, window: int | None, stride: int | None) -> None:
+    table = Table()
+    table.add_column("file", overflow="fold")
+    for name in ("documents", "tokens", "bytes", "perplexity", "bits/byte"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = list(results.items())
+    if len(rows) > 1:
+        rows.append(("all", sum(results.values(), Perplexity())))
+    for i, (name, x) in enumerate(rows):
+        if name == "all" and i == len(rows) - 1:
+            table.add_section()
+        counts = [f"{x.documents:,}", f"{x.tokens:,}", f"{x.bytes:,}"]
+        table.add_row(name, *counts, f"{x.perplexity:.4f}", f"{x.bits_per_byte:.4f}")
+    console = Console()
+    console.print(table)
+    context = "all tokens before it in its document"
+    if window is not None:
+        context = f"at most {window} tokens before it (windows {stride or window} apart)"
+    first = "given BOS" if first_scored else "not scored, for the tokenizer has no BOS"
+    console.print(
+        f"Each token scored once given {context}; the first of a document {first}.", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,135 @@
+"""What a training run does: one flat dataclass, read from YAML, each field also a flag of `carve train`."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from carve.models import CarveConfig
+
+PRESETS = Path(__file__).parent / "presets"
+DTYPES = ("float32", "bfloat16")
+
+
+def _option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": help}, **kwargs)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A training run. Every field's meaning is in its `help`, which `carve train --help` prints.
+
+    Raises:
+        ValueError: a field is not what it must be; the message names it.
+    """
+
+    data: str = _option("Training text: a file or folder (.jsonl, .parquet, else UTF-8 text), or hub:NAME[:CONFIG].")
+    validation: str | None = _option("Validation text, the same; by default the last share of the data.", None)
+    validation_share: float = _option("Share of the data's sequences kept for validation if none is given.", 0.01)
+    tokenizer: str = _option("'bytes' (nothing to download), or a tokenizer's folder or Hub name.", "bytes")
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "NAME=VALUE of CarveConfig, e.g. hidden_size=256; repeat for more."}
+    )
+    out: str = _option("Folder of the run: config.yaml, metrics.jsonl, checkpoint-N, tensorboard.", "runs/train")
+    cache: str | None = _option("Folder for the tokenised text, to share between runs; by default in the run's.", None)
+    seq_len: int = _option("Tokens in a training sequence.", 2048)
+    batch_tokens: int = _option("Tokens in an optimizer step, over all devices.", 65536)
+    micro_batch: int = _option("Sequences that a device runs at once; the rest of the batch is accumulated.", 8)
+    steps: int = _option("Optimizer steps.", 1000)
+    learning_rate: float = _option("Peak learning rate of AdamW (betas 0.9 and 0.95).", 1e-3)
+    warmup_steps: int = _option("Steps of linear warm-up; a cosine to a tenth of the peak follows.", 100)
+    weight_decay: float = _option("Of matrices; norms, biases and the parameters of the decay have none.", 0.1)
+    clip: float = _option("Largest norm of the gradient.", 1.0)
+    seed: int = _option("Of initial weights and data order.", 0)
+    dtype: str = _option("'float32', or 'bfloat16' to compute in it under autocast (weights stay float32).", "float32")
+    gradient_checkpointing: bool = _option("Trade time for memory: run each block again in the backward.", False)
+    compile: bool = _option("Run the model through torch.compile.", False)
+    eval_every: int = _option("Steps between evaluations; 0 for none.", 250)
+    save_every: int = _option("Steps between checkpoints.", 250)
+    log_every: int = _option("Steps between lines of metrics.jsonl.", 10)
+    keep: int = _option("Checkpoints to keep, the newest ones.", 2)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            self._check_type(each)
+        for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "save_every", "log_every", "keep"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "eval_every", "weight_decay"):
+            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("seq_len", self.seq_len >= 2, "at least 2, a token and the one to predict")
+        self._expect("learning_rate", self.learning_rate > 0, "a positive number")
+        self._expect("clip", self.clip > 0, "a positive number")
+        self._expect("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps = {self.steps}")
+        self._expect("validation_share", 0 <= self.validation_share < 1, "from 0 to below 1")
+        self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        tokens = self.seq_len * self.micro_batch
+        self._expect("batch_tokens", self.batch_tokens % tokens == 0, f"a multiple of seq_len x micro_batch = {tokens}")
+        names = {each.name for each in dataclasses.fields(CarveConfig)}
+        for name in self.model:
+            if name not in names:
+                raise ValueError(f"model has {name!r}, which CarveConfig does not know{_nearest(name, names)}")
+        CarveConfig(**self.model)  # raises on values that do not fit
+
+    def _expect(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def _check_type(self, each: dataclasses.Field) -> None:
+        value, kind = getattr(self, each.name), each.type
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            setattr(self, each.name, float(value))
+        elif value is None and kind == str | None:
+            return
+        else:
+            python_type = {dict[str, Any]: dict, str | None: str}.get(kind, kind)  # type: ignore[call-overload]
+            if not isinstance(value, python_type) or (isinstance(value, bool) and python_type is not bool):
+                raise ValueError(f"{each.name} is {value!r}, expected {python_type.__name__}")
+
+    @classmethod
+    def load(cls, source: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "TrainConfig":
+        """Read a configuration.
+
+        Args:
+            source: a YAML file, or the name of a preset; None for the defaults.
+            overrides: fields that win over the file's; `model` is merged field by field.
+
+        Raises:
+            ValueError: no such file or preset, not YAML, an unknown or missing field, or a value that does not fit.
+        """
+        fields = {} if source is None else _read(source)
+        overrides = dict(overrides or {})
+        fields |= {"model": {**fields.get("model", {}), **overrides.pop("model", {})}} | overrides
+        names = {each.name for each in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in names:
+                raise ValueError(f"{name!r} is no field of a training configuration{_nearest(name, names)}")
+        if "data" not in fields:
+            raise ValueError("data is missing: expected a file, a folder or hub:NAME to train on")
+        return cls(**fields)
+
+    def save(self, path: str | Path) -> None:
+        """Write all fields as YAML."""
+        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    presets = {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    path = presets.get(str(source), Path(source))
+    if not path.is_file():
+        raise ValueError(f"{str(source)!r} is neither a YAML file nor a preset ({', '.join(presets)})")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model", {}), dict):
+        raise ValueError(f"{path} is not a mapping of fields to values (model: a mapping too)")
+    return fields
+
+
+def _nearest(name: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,206 @@
+"""Text to training sequences: read, tokenise once, keep on disk, pack, with the documents apart.
+
+On disk lie the tokens of all documents one behind the other, each document ended by the end-of-text token, and where
+documents start. Sequence i is tokens i L to (i + 1) L. A document that goes on into the next sequence starts afresh
+there: no memory is carried over.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from carve.evals.text import read_documents, tokenize_stream
+
+HUB = "hub:"
+
+
+def find_files(data: str) -> list[Path]:
+    """The files of a path, sorted: itself, or all below a folder but hidden ones.
+
+    Raises:
+        ValueError: there is no such path, or no file in it.
+    """
+    root = Path(data)
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        raise ValueError(f"data is {data!r}: no such file or folder (a data set of the Hub is {HUB}NAME)")
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"data is {data!r}, an empty folder: expected text files")
+    return files
+
+
+def read_texts(data: str) -> Iterator[Iterable[str]]:
+    """The documents of a file, a folder or a Hub data set, each in blocks of text.
+
+    Raises:
+        ValueError: nothing there, or a file that is not UTF-8 (named, with the byte).
+    """
+    if data.startswith(HUB):
+        yield from _read_hub(data)
+    else:
+        for path in find_files(data):
+            yield from read_documents(path)
+
+
+def _read_hub(data: str) -> Iterator[Iterable[str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("reading a data set of the Hub needs: pip install 'carve-attention[train]'") from error
+    name, _, config = data.removeprefix(HUB).partition(":")
+    try:
+        rows = load_dataset(name, config or None, split="train", streaming=True)
+    except Exception as error:  # of many kinds, from the network up
+        raise ValueError(f"data is {data!r}, which does not load: {' '.join(str(error).split())}") from error
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"data is {data!r}, with columns {sorted(row)}: expected a column 'text' of strings")
+        yield (row["text"],)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised text on disk.
+
+    Attributes:
+        ids: `[tokens]`, uint16 or uint32, memory-mapped.
+        starts: `[documents]`, int64: where each document starts.
+        bytes: of UTF-8 text, the end-of-text tokens not counted.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    bytes: int
+
+
+def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.PathLike[str]) -> Tokens:
+    """Tokenise once: the next call with the same text and tokenizer finds it in `cache`.
+
+    Raises:
+        ValueError: there is no text, or it is not UTF-8.
+    """
+    folder = Path(cache) / fingerprint(data, tokenizer)
+    if not folder.exists():
+        _write_tokens(data, tokenizer, folder)
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return Tokens(
+        np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"), np.load(folder / "starts.npy"), about["bytes"]
+    )
+
+
+def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the text's names and content, and of the tokenizer. A Hub data set goes by its name."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    digest.update(str(tokenizer.eos_token_id).encode())
+    if data.startswith(HUB):
+        digest.update(data.encode())
+    else:
+        for path in find_files(data):
+            digest.update(f"\0{path.name}\0".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:24]
+
+
+def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write into a folder of another name, and rename it when all is there."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    starts, position, size = [], 0, 0
+    columns = (TextColumn("tokenise {task.fields[size]:.1f} MB"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, transient=True) as progress, (partial / "ids.bin").open("wb") as file:
+            task = progress.add_task("", total=None, size=0.0)
+            for document in read_texts(data):
+                starts.append(position)
+                for ids, length in tokenize_stream(tokenizer, document):
+                    file.write(np.asarray(ids, dtype=dtype).tobytes())
+                    position, size = position + len(ids), size + length
+                    progress.update(task, size=size / 1e6)
+                if position == starts[-1]:
+                    starts.pop()  # an empty document
+                    continue
+                file.write(np.asarray([tokenizer.eos_token_id], dtype=dtype).tobytes())
+                position += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if not starts:
+            raise ValueError(f"data is {data!r}, which holds no text")
+        np.save(partial / "starts.npy", np.asarray(starts, dtype=np.int64))
+        (partial / "about.json").write_text(json.dumps({"dtype": dtype.name, "bytes": size}), encoding="utf-8")
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class PackedDataset(Dataset):
+    """Sequences of `seq_len` tokens, packed without padding.
+
+    An item is a dict of `[seq_len]` int64 tensors: `input_ids`; `position_ids`, which restart at each document;
+    `labels`, the tokens again, with -100 for the first of each document, which nothing predicts.
+
+    Args:
+        tokens: the text.
+        seq_len: L.
+        rows: which sequences, of all `len(tokens.ids) // seq_len`; what is left at the end is not used.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, rows: range) -> None:
+        self.tokens, self.seq_len, self.rows = tokens, seq_len, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        begin = self.rows[index] * self.seq_len
+        ids = torch.from_numpy(self.tokens.ids[begin : begin + self.seq_len].astype(np.int64))
+        low, high = np.searchsorted(self.tokens.starts, [begin, begin + self.seq_len])
+        starts = torch.zeros(self.seq_len, dtype=torch.int64)
+        first = torch.from_numpy(self.tokens.starts[low:high] - begin)
+        starts[first] = first
+        labels = ids.clone()
+        labels[first] = -100
+        return {
+            "input_ids": ids,
+            "position_ids": torch.arange(self.seq_len) - starts.cummax(0).values,
+            "labels": labels,
+        }
+
+
+def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[PackedDataset, PackedDataset]:
+    """The sequences for training and, of the last share of the text, for validation.
+
+    Raises:
+        ValueError: the text is too short for a sequence of each.
+    """
+    total = len(tokens.ids) // seq_len
+    held_out = max(1, round(total * validation_share)) if validation_share else 0
+    if total - held_out < 1:
+        raise ValueError(
+            f"data has {len(tokens.ids)} tokens: too few for sequences of seq_len = {seq_len} to train and validate on"
+        )
+    rows = range(total)
+    return (
+        PackedDataset(tokens, seq_len, rows[: total - held_out]),
+        PackedDataset(tokens, seq_len, rows[total - held_out :]),
+    )

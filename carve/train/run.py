@@ -1,0 +1,318 @@
+"""A training run: transformers' Trainer, with checkpoints that are whole or absent, and progress that one can read."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from carve.models import CarveConfig, CarveForCausalLM
+from carve.train.config import TrainConfig
+from carve.train.data import split_rows, tokenise
+from carve.train.tokenizer import load_tokenizer
+
+PARTIAL = "partial"  # where a checkpoint is written until it is whole
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved a checkpoint; the message says how to go on.
+
+    Attributes:
+        signal: the number of the signal, SIGINT or SIGTERM.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train a model.
+
+    Args:
+        config: what to train, on what, how long, and where to put it.
+        resume: go on from the last checkpoint of `config.out`, to the same bits as without the interruption.
+
+    Returns:
+        The folder of the last checkpoint, which `from_pretrained` loads.
+
+    Raises:
+        ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs.
+        OSError: a checkpoint could not be written; those before it are whole.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+    """
+    out = Path(config.out)
+    check_folder(config, out, resume)
+    tokenizer = load_tokenizer(config.tokenizer)
+    cache = out / "data" if config.cache is None else Path(config.cache)
+    tokens = tokenise(config.data, tokenizer, cache)
+    if config.validation is None:
+        training, validation = split_rows(tokens, config.seq_len, config.validation_share)
+        validation_tokens = tokens
+    else:
+        training, _ = split_rows(tokens, config.seq_len, 0)
+        validation_tokens = tokenise(config.validation, tokenizer, cache)
+        validation, _ = split_rows(validation_tokens, config.seq_len, 0)
+
+    set_seed(config.seed)
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model_config = CarveConfig(**({"vocab_size": len(tokenizer)} | special | config.model))
+    if model_config.vocab_size < len(tokenizer):
+        raise ValueError(f"model has vocab_size {model_config.vocab_size}, expected at least {len(tokenizer)} tokens")
+    model = CarveForCausalLM(model_config)
+
+    stop = StopOnSignal()
+    bits_a_byte = len(validation_tokens.ids) / validation_tokens.bytes / math.log(2)
+    trainer = CarveTrainer(
+        model=model,
+        args=arguments(config),
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        callbacks=[stop, Metrics(out, config), ShowProgress(config)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.bits_a_byte = bits_a_byte
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
+    config.save(out / "config.yaml")
+    with stop:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(out))
+    last = get_last_checkpoint(out)
+    assert last is not None
+    if stop.number is not None and trainer.state.global_step < config.steps:
+        raise Interrupted(f"saved {last}; go on with: carve train --resume {out}", stop.number)
+    return Path(last)
+
+
+def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
+    """See that the run's folder is new, or that what it holds is a run with this configuration.
+
+    Raises:
+        ValueError: the folder is in use, there is nothing to resume, or a field differs; the message names it.
+    """
+    saved = out / "config.yaml"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(path.name != "data" for path in out.iterdir())):
+            how = f": carve train --resume {out} goes on with it" if saved.exists() else ""
+            raise ValueError(f"out is {out}, which is not empty{how}; expected a new folder")
+        return
+    if not saved.is_file():
+        raise ValueError(f"{out} holds no config.yaml: expected the folder of a training run")
+    for name, was in vars(TrainConfig.load(saved)).items():
+        if name != "out" and getattr(config, name) != was:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but the run in {out} has {was!r}: it cannot go on")
+
+
+def arguments(config: TrainConfig) -> TrainingArguments:
+    """The configuration in the words of transformers' Trainer."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.out) / "tensorboard")
+    args = TrainingArguments(
+        output_dir=config.out,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch,
+        per_device_eval_batch_size=config.micro_batch,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=config.clip,
+        seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        activation_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.compile,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=config.keep,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    devices = args.world_size * max(1, args.n_gpu)
+    tokens = config.seq_len * config.micro_batch * devices
+    if config.batch_tokens % tokens:
+        raise ValueError(
+            f"batch_tokens is {config.batch_tokens}, expected a multiple of "
+            f"seq_len x micro_batch x devices = {config.seq_len} x {config.micro_batch} x {devices} = {tokens}"
+        )
+    args.gradient_accumulation_steps = config.batch_tokens // tokens
+    return args
+
+
+class CarveTrainer(Trainer):
+    """Trainer, but for three things: what is not decayed, bits per byte, and checkpoints that are whole or absent."""
+
+    bits_a_byte: float  # times nats a token
+    _writing = False
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        kept = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            logs["eval_bits_per_byte"] = logs["eval_loss"] * self.bits_a_byte
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        out = super()._get_output_dir(trial)
+        return os.path.join(out, PARTIAL) if self._writing else out
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        out = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(out / PARTIAL / name, out / name)
+                rotate_checkpoints(str(out), self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of the three
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+            last = get_last_checkpoint(out)
+            left = f"the last whole one is {last}" if last else "there is none before it"
+            raise OSError(f"{name} could not be written ({' '.join(str(error).split())}); {left}") from error
+        finally:
+            self._writing = False
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a folder its final name once all that is in it lies on the disk."""
+    for path in (*partial.rglob("*"), partial):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if final.exists():  # the same step, from before an interruption
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    shutil.rmtree(partial.parent, ignore_errors=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """Within `with`: the first SIGINT or SIGTERM saves after the current step and stops; a second one stops at once."""
+
+    number: int | None = None
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        Console(stderr=True).print("stopping after this step, with a checkpoint (once more to stop at once)")
+        self.__exit__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if self.number is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class Metrics(TrainerCallback):
+    """metrics.jsonl: a line for what the trainer logs; lines behind the checkpoint that a run goes on from are cut."""
+
+    def __init__(self, out: Path, config: TrainConfig) -> None:
+        self.path, self.batch_tokens = out / "metrics.jsonl", config.batch_tokens
+        self.last: tuple[float, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.last = (time.monotonic(), state.global_step)
+        if state.is_world_process_zero and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, "tokens": state.global_step * self.batch_tokens}
+        if "loss" in logs and self.last is not None:
+            (then, step), self.last = self.last, (time.monotonic(), state.global_step)
+            speed = (state.global_step - step) * self.batch_tokens / (self.last[0] - then)
+            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            line |= {"tokens_per_second": round(speed, 1)}
+        elif "eval_loss" in logs:
+            line |= {key: logs[key] for key in ("eval_loss", "eval_bits_per_byte")}
+        else:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with loss, speed and time left; where there is no terminal, a line at each log."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.console = config, Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin, self.first = time.monotonic(), state.global_step
+        self.loss = ""
+        if state.is_world_process_zero:
+            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar.update(
+                self.task, completed=state.global_step, text=f"{self.loss}{self.speed(state):,.0f} tokens/s"
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.3f}  "
+            if not self.console.is_terminal:
+                self.console.print(
+                    f"step {state.global_step}/{state.max_steps}  {self.loss}{self.speed(state):,.0f} tokens/s"
+                )
+        if "eval_loss" in logs:
+            self.bar.console.print(
+                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
+                f"{logs['eval_bits_per_byte']:.4f} bits per byte"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.stop()
+
+    def speed(self, state: Any) -> float:
+        """Tokens a second since training began or was taken up again."""
+        return (state.global_step - self.first) * self.config.batch_tokens / (time.monotonic() - self.begin)

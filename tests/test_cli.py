@@ -1,0 +1,192 @@
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from carve import CarveConfig, CarveForCausalLM
+from carve.cli import main
+from carve.evals import perplexity
+from carve.models.checkpoint import load_checkpoint
+
+TEXT = "def read(path):\n    return open(path).read()  # äöü\n" * 4
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Carve = Callable[..., Outcome]
+
+
+@pytest.fixture
+def carve(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Carve:
+    """`carve(*arguments, stdin=b"")`: what the command line does."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["carve", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = CarveConfig(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_heads=1,
+        head_dim=8,
+        intermediate_size=16,
+        layer_types=["carve", "sliding_attention"],
+        sliding_window=8,
+        chunk_size=8,
+    )
+    CarveForCausalLM(config).save_pretrained(folder)
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_eval_prints_a_table_and_writes_the_numbers(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "more.jsonl"
+    lines.write_text('{"text": "one"}\n{"text": "two and three"}\n')
+    outcome = carve("eval", checkpoint, text, lines, "--json", tmp_path / "numbers.json")
+    assert outcome.code == 0, outcome.err
+    expected = perplexity(*load_checkpoint(checkpoint), [TEXT])
+    assert f"{expected.bits_per_byte:.4f}" in outcome.out
+    assert f"{expected.perplexity:.4f}" in outcome.out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["complete"] is True
+    assert [file["path"] for file in numbers["files"]] == [str(text), str(lines)]
+    assert numbers["files"][0]["nats"] == pytest.approx(expected.nats, rel=1e-6)
+    assert numbers["files"][0]["bytes"] == len(TEXT.encode())
+    assert numbers["files"][1]["documents"] == 2
+    for name in ("nats", "tokens", "bytes", "documents"):
+        assert numbers["total"][name] == pytest.approx(sum(file[name] for file in numbers["files"]))
+
+
+def test_eval_with_windows_forgets(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    for name, arguments in (("whole", ()), ("window", ("--window", 4)), ("stride", ("--window", 4, "--stride", 1))):
+        outcome = carve("eval", checkpoint, text, *arguments, "--json", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+    whole, window, stride = (
+        json.loads((tmp_path / name).read_text())["total"] for name in ("whole", "window", "stride")
+    )
+    assert whole["tokens"] == window["tokens"] == stride["tokens"]
+    assert len({whole["nats"], window["nats"], stride["nats"]}) == 3
+
+
+def test_an_interrupted_eval_gives_what_it_has(
+    carve: Carve, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def interrupted(*arguments: object, on_progress, **options: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(perplexity(*arguments, on_progress=on_progress, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carve.evals.report.perplexity", interrupted)
+    outcome = carve("eval", checkpoint, text, "--json", tmp_path / "numbers.json")
+    assert outcome.code == 130
+    assert "interrupted: the numbers are those of the text scored until then" in outcome.err
+    assert f"{seen[0].bits_per_byte:.4f}" in outcome.out
+    assert json.loads((tmp_path / "numbers.json").read_text())["complete"] is False
+    outcome = carve("eval", checkpoint, text)
+    assert outcome.code == 130
+    assert "interrupted before anything was scored" in outcome.err
+
+
+def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: Path, text: Path) -> None:
+    options = ("--max-new-tokens", 20, "--seed", 1)
+    prompted = carve("generate", checkpoint, "--prompt", TEXT, *options)
+    assert prompted.code == 0, prompted.err
+    assert len(prompted.out) > 5
+    assert carve("generate", checkpoint, "--file", text, *options).out == prompted.out
+    assert carve("generate", checkpoint, *options, stdin=TEXT.encode()).out == prompted.out
+    assert carve("generate", checkpoint, "--prompt", TEXT, "--max-new-tokens", 20, "--seed", 2).out != prompted.out
+
+
+def test_inspect_draws_and_says_what_it_left_out(carve: Carve, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = carve("inspect", checkpoint, "--prompt", "def f():", "--out", tmp_path / "gates.png")
+    assert outcome.code == 0, outcome.err
+    assert "left out layer 1: sliding_attention has no such gates" in outcome.out
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "CHECKPOINT", "nowhere.txt"), "no such file: nowhere.txt"),
+        (("eval", "nowhere", "TEXT"), "no such checkpoint folder: nowhere"),
+        (("eval", "CHECKPOINT", "CHECKPOINT"), "is a folder, expected a file"),
+        (("eval", "CHECKPOINT", "TEXT", "--stride", "4"), "stride needs a window"),
+        (("eval", "CHECKPOINT", "TEXT", "--window", "0"), "window must be at least 1, got 0"),
+        (("eval", "CHECKPOINT", "TEXT", "--json", "nowhere/x.json"), "no such folder"),
+        (("eval", "CHECKPOINT", "EMPTY"), "is empty: no text to score"),
+        (("eval", "CHECKPOINT", "BINARY"), "is not UTF-8 text: byte 0"),
+        (("generate", "CHECKPOINT", "--file", "nowhere.txt"), "no such file: nowhere.txt"),
+        (("generate", "CHECKPOINT", "--file", "BINARY"), "is not UTF-8 text: byte 0"),
+        (("generate", "CHECKPOINT", "--prompt", ""), "the prompt is empty"),
+        (("generate", "CHECKPOINT"), "the prompt is empty"),
+        (("generate", "CHECKPOINT", "--prompt", "x", "--file", "TEXT"), "give --prompt or --file, not both"),
+        (("generate", "CHECKPOINT", "--prompt", "x", "--temperature", "-1"), "temperature must be at least 0"),
+        (("inspect", "CHECKPOINT", "--prompt", "", "--out", "OUT"), "the text to inspect is empty"),
+        (("inspect", "CHECKPOINT", "--prompt", "x", "--out", "nowhere/x.png"), "no such folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    carve: Carve, checkpoint: Path, text: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    places = {
+        "CHECKPOINT": checkpoint,
+        "TEXT": text,
+        "EMPTY": tmp_path / "empty.txt",
+        "BINARY": tmp_path / "binary.txt",
+        "OUT": tmp_path / "gates.png",
+    }
+    outcome = carve(*(places.get(argument, argument) for argument in arguments))
+    assert outcome.code == 2
+    errors = [line for line in outcome.err.splitlines() if line.startswith("carve: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "gates.png").exists()
+
+
+def test_what_is_not_utf8_on_standard_input_is_said(carve: Carve, checkpoint: Path) -> None:
+    outcome = carve("generate", checkpoint, stdin=b"ab\xff")
+    assert outcome.code == 2
+    assert "carve: error: standard input is not UTF-8 text: byte 2" in outcome.err
