@@ -116,7 +116,7 @@ def _with_fields(command: Callable[..., None]) -> Callable[..., None]:
     for each in dataclasses.fields(TrainConfig):
         default = "" if each.default in (dataclasses.MISSING, None) else f"  [default: {each.default}]"
         kind = list[str] if each.name == "model" else each.type
-        options[each.name] = Annotated[kind | None, typer.Option(help=each.metadata["help"] + default)]  # type: ignore[operator,valid-type]
+        options[each.name] = Annotated[kind | None, typer.Option(help=each.metadata["help"] + default)]  # type: ignore[operator]
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in options.items()
     ]

@@ -30,7 +30,7 @@ def run_demo(
     folder: str | os.PathLike[str] = "runs/demo",
     *,
     train_bytes: int = 3 << 20,
-    validation_bytes: int = 1 << 17,
+    validation_bytes: int = 3 << 15,
     sample_tokens: int = 500,
     training: dict[str, Any] | None = None,
 ) -> dict[str, float]:
@@ -62,7 +62,8 @@ def run_demo(
 
     run = folder / "model"
     config = TrainConfig.load("demo", {"data": str(train_file), "out": str(run), **(training or {})})
-    train(config, resume=(run / "config.yaml").exists())
+    if not (run / f"checkpoint-{config.steps}").exists():
+        train(config, resume=(run / "config.yaml").exists())
 
     model, tokenizer = load_checkpoint(run)
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def run_demo(
 bits per byte of the held-out files (fewer is better)
   {bits["before"]:6.3f}  the model before training, fresh weights
   {bits["unigram"]:6.3f}  entropy of the byte frequencies of these very files
-  {bits["xz"]:6.3f}  xz -9 on these files joined; it sees no other text, the model has learned from the training files
+  {bits["xz"]:6.3f}  xz -9 on these files joined, with no other text to go by (the model had the training files)
   {bits["after"]:6.3f}  the model after training, each file with an empty memory at its start
 """)
     sample = PROMPT + generate_text(model, tokenizer, PROMPT, max_new_tokens=sample_tokens, seed=0)
@@ -92,7 +93,7 @@ bits per byte of the held-out files (fewer is better)
     print(f"""In {folder}: loss.png, the loss while it learned; gates.png, what each layer erases, writes and forgets;
 sample.txt; results.json; model, the checkpoints. To try next:
 
-  carve generate {run} --prompt "class Reader:" --temperature 0.5
+  carve generate {run} --prompt "class Reader:" --seed 1
   carve eval {run} {validation_file}
   carve eval {run} {validation_file} --window 32
   carve inspect {run} --prompt "def f(x): return x + 1" --out gates.png

@@ -218,7 +218,7 @@ def draw_gates(trace: GateTrace, out: str | os.PathLike[str], *, title: str = ""
 
     # All in inches. Placed by hand: with 24 layers matplotlib's own layout takes ten times as long as the drawing.
     heads = layers[0].erase.shape[1]
-    row = min(1.6, max(0.65, 0.16 * heads))
+    row = min(1.6, max(1.0 if len(layers) <= 6 else 0.65, 0.16 * heads))
     width = max(3.7, 0.115 * T) if T <= TOKENS_SPELT else 3.7
     left, gap, top, surprise = 0.8, 0.08, 0.45 + 0.2 * len(lines), 0.6
     below = 0.7 if T > TOKENS_SPELT else 0.95  # room for the tokens, then the colour bar

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from carve.ops import CarveState, chunk_carve, recurrent_carve
+from carve.ops.api import check_cu_seqlens
 
 # What each kind of layer has: an erase gate a channel or a head; a write gate a head or a value, or the
 # erase gate's own ("tied"); a decay a channel or a head.
@@ -88,7 +89,7 @@ class ShortConvolution(nn.Module):
             past = x.new_zeros(x.shape[0], lags, x.shape[2]) if past is None else past
             extended = torch.cat([past, x], dim=1)
             y = sum(extended[:, j : j + T] * self.weight[:, j] for j in range(lags + 1))
-            return F.silu(y), extended[:, T:]
+            return F.silu(y), extended[:, T:].clone()  # a view would keep all of x alive
 
         lengths = cu_seqlens.diff()
         N = len(lengths)
@@ -231,6 +232,11 @@ class CarveMixer(nn.Module):
             param._no_weight_decay = True  # type: ignore[union-attr]
         super().register_parameter(name, param)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, param in self._parameters.items():  # copy.deepcopy drops the marks
+            self.register_parameter(name, param)
+
     def initial_values(self) -> dict[str, Tensor]:
         """Initial values of the layer's own parameters, those of its submodules left out.
 
@@ -294,17 +300,34 @@ class CarveMixer(nn.Module):
             y `[B, T, D]`, and the state of the N sequences after their last tokens.
 
         Raises:
-            ValueError: the state or cu_seqlens do not fit.
+            ValueError: x, the state or cu_seqlens do not fit.
         """
-        if state is not None and state.chunk_size != self.chunk_size:
-            raise ValueError(f"state is from a layer of chunk_size {state.chunk_size}, expected {self.chunk_size}")
+        D = self.q_proj.in_features
+        if x.dim() != 3 or x.shape[2] != D:
+            raise ValueError(f"x has shape {list(x.shape)}, expected [B, T, D] with D = {D}")
+        N = x.shape[0]
+        if cu_seqlens is not None:
+            N = len(check_cu_seqlens(cu_seqlens, *x.shape[:2])) - 1
         past, memory = (None, None) if state is None else state[:2]
-        N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        if past is not None and len(past) != N:
-            raise ValueError(f"state is of {len(past)} sequences, expected {N}")
+        if state is not None:
+            self.check_state(state, N)
         op, last = self.project(x, past, cu_seqlens)
         run = recurrent_carve if x.shape[1] == 1 else chunk_carve
-        o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
+        with torch.autocast(x.device.type, enabled=False):  # the memory stays float32
+            o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
         assert memory is not None
         y = self.norm(o, self.gate_proj(x).view(o.shape))
         return self.o_proj(y.flatten(2)), MixerState(last, memory, self.chunk_size)
+
+    def check_state(self, state: MixerState, N: int) -> None:
+        """Raise ValueError unless the state is of N sequences and this layer's sizes; the op checks the memory."""
+        if state.chunk_size != self.chunk_size:
+            raise ValueError(f"state is from a layer of chunk_size {state.chunk_size}, expected {self.chunk_size}")
+        if len(state.conv) != N:
+            raise ValueError(f"state is of {len(state.conv)} sequences, expected {N}")
+        channels, size = self.conv.weight.shape
+        if state.conv.shape[1:] != (size - 1, channels):
+            raise ValueError(
+                f"state.conv has shape {list(state.conv.shape)}, expected [N, conv_size - 1, 2 H K + HV V] = "
+                f"{[N, size - 1, channels]}: it is from a layer of other sizes"
+            )

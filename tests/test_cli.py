@@ -190,3 +190,13 @@ def test_what_is_not_utf8_on_standard_input_is_said(carve: Carve, checkpoint: Pa
     outcome = carve("generate", checkpoint, stdin=b"ab\xff")
     assert outcome.code == 2
     assert "carve: error: standard input is not UTF-8 text: byte 2" in outcome.err
+
+
+def test_the_demo_says_how_to_go_on(carve: Carve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carve.demo.run_demo", interrupted)
+    outcome = carve("demo")
+    assert outcome.code == 130
+    assert "`carve demo` goes on from the last checkpoint" in outcome.err

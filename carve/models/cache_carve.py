@@ -1,11 +1,11 @@
-"""What a model carries from one forward to the next: constant size for recurrent layers, a window or all for attention."""
+"""What a model carries from one forward to the next: constant size for recurrent layers, else a window or all."""
 
 import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from carve.mixer import GATES, MixerState
@@ -49,7 +49,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise ValueError(
-                "a recurrent memory cannot take tokens back: take cache.snapshot() before them, and cache.restore(...) it"
+                "crop: a recurrent memory cannot take tokens back; take a cache.snapshot() before them to restore"
             )
 
     def get_seq_length(self) -> int:
@@ -91,8 +91,10 @@ class CarveCache(DynamicCache):
         super().__init__(config=config)
 
     def copy(self) -> "CarveCache":
-        """A cache of its own with the same content."""
-        return copy.deepcopy(self)
+        """A cache of its own with the same content. It costs no memory: layers replace tensors, and write into none."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        return other
 
     def snapshot(self) -> "CarveCache":
         """The cache as it is now, to `restore` later, any number of times."""
@@ -101,3 +103,33 @@ class CarveCache(DynamicCache):
     def restore(self, snapshot: "CarveCache") -> None:
         """Go back to a snapshot: all tokens since are forgotten."""
         self.layers = snapshot.copy().layers
+
+
+def check_cache(cache: Cache, config: CarveConfig, B: int) -> None:
+    """Raise ValueError unless the cache has this model's kinds of layers, each empty or of B sequences.
+
+    Args:
+        cache: any cache of transformers.
+        config: the model's configuration.
+        B: rows of the batch.
+    """
+    assert config.layer_types is not None
+    wanted = [DYNAMIC_LAYER_TYPE_MAPPING[layer_type] for layer_type in config.layer_types]
+    if [type(layer) for layer in cache.layers] != wanted:
+        raise ValueError(
+            f"past_key_values has the layers {cache.layers}, expected those of a CarveCache for "
+            f"layer_types = {config.layer_types}"
+        )
+    for layer in cache.layers:
+        if not layer.get_seq_length():
+            continue
+        recurrent = isinstance(layer, RecurrentCacheLayer)
+        held = layer.batch_size if recurrent else len(layer.keys)
+        if held != B:
+            raise ValueError(f"past_key_values holds {held} sequences, expected {B} as in the batch")
+        heads = [config.num_key_value_heads, config.head_dim]
+        if not recurrent and [layer.keys.shape[1], layer.keys.shape[3]] != heads:  # CarveMixer checks its own
+            raise ValueError(
+                f"past_key_values has keys of shape {list(layer.keys.shape)}, expected "
+                f"[B, num_key_value_heads, tokens, head_dim] with {heads[0]} heads of {heads[1]}"
+            )

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 
 from carve.mixer import GATES, CarveMixer
 
 ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
+
+# transformers' own table: its Trainer reads the configuration of a checkpoint without knowing the architecture.
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)
 
 
 @strict
@@ -109,18 +112,31 @@ class CarveConfig(PreTrainedConfig):
                 raise ValueError(f"layer_types has {name!r}, expected only {', '.join(map(repr, LAYER_TYPES))}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, expected num_hidden_layers = {self.num_hidden_layers}"
+                f"layer_types has {len(self.layer_types)} entries, "
+                f"expected num_hidden_layers = {self.num_hidden_layers}"
             )
         for i, name in enumerate(self.layer_types):
             if name not in ATTENTION:
                 with torch.device("meta"):  # no memory: only to let the layer check its arguments
                     CarveMixer(**self.mixer_arguments(i))
                 break
-        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 1):
-            raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 1 for 'sliding_attention'")
+        if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
+            raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 2 for 'sliding_attention'")
+        if not set(ATTENTION).isdisjoint(self.layer_types):
+            heads, groups = self.num_attention_heads, self.num_key_value_heads
+            assert heads is not None
+            assert groups is not None
+            if min(heads, groups) < 1 or heads % groups:
+                raise ValueError(
+                    f"num_attention_heads is {heads}, expected a multiple of num_key_value_heads = {groups}"
+                )
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim is {self.head_dim}, expected an even number for rotary embeddings")
 
-    def validate_layer_type(self) -> None:
-        """`check` does this; transformers knows only its own layer types."""
+    def validate_rope(self) -> None:
+        """Only attention has rotary embeddings: a recurrent head may be of any size."""
+        if not set(ATTENTION).isdisjoint(self.layer_types or ()):
+            super().validate_rope()
 
     def mixer_arguments(self, layer_idx: int) -> dict[str, Any]:
         """Arguments of the `CarveMixer` of a recurrent layer."""

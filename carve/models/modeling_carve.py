@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from carve.mixer import CarveMixer
-from carve.models.cache_carve import CarveCache
+from carve.models.cache_carve import CarveCache, check_cache
 from carve.models.configuration_carve import ATTENTION, CarveConfig
+from carve.ops.api import check_cu_seqlens
 
 
 class Layout(NamedTuple):
@@ -58,6 +59,7 @@ def lay_out(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
+    window: bool = False,
 ) -> Layout:
     """Find the sequences of a batch.
 
@@ -67,6 +69,7 @@ def lay_out(
         attention_mask: `[B, past + T]`, 0 for padding.
         position_ids: `[B or 1, T]`; where they restart, another packed document begins.
         cu_seqlens: `[N + 1]`, for N documents packed into B = 1.
+        window: whether there are layers whose window would count padding between real tokens.
 
     Raises:
         ValueError: the three do not fit the batch or each other.
@@ -81,19 +84,26 @@ def lay_out(
     if cu_seqlens is not None:
         if B != 1 or past or padded:
             raise ValueError("cu_seqlens needs B = 1, an empty cache and no padding in attention_mask")
-        starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long())
-        if len(starts) != T:
-            raise ValueError(f"cu_seqlens spans {len(starts)} tokens, expected T = {T}")
-        return Layout(None, cu_seqlens, (torch.arange(T, device=device) - starts).unsqueeze(0))
+        bounds = check_cu_seqlens(cu_seqlens, B, T).to(device)
+        places = (torch.arange(T, device=device) - bounds[:-1].repeat_interleave(bounds.diff())).unsqueeze(0)
+        if position_ids is not None and not torch.equal(position_ids, places):
+            raise ValueError("position_ids and cu_seqlens say different things, expected one of them, or the same")
+        return Layout(None, bounds, places)
     if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
         raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
 
     if padded:
         assert attention_mask is not None
-        real = attention_mask[:, past:]
+        runs = (attention_mask[:, 1:] & ~attention_mask[:, :-1]).sum(-1) + attention_mask[:, 0]  # of real tokens
+        if window and bool((runs > 1).any()):
+            raise ValueError(
+                "attention_mask has padding between tokens, which the window of sliding_attention would count, "
+                "expected it at the ends of rows only"
+            )
+        real, before = attention_mask[:, past:], (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        elif ((position_ids.expand(B, T).diff() <= 0) & real[:, 1:] & real[:, :-1]).any():
+            position_ids = before
+        elif ((position_ids < before) & real).any():  # there are more tokens before it than its position allows
             raise ValueError(
                 "position_ids restart in a batch with padding, expected either packed documents or padding"
             )
@@ -102,14 +112,15 @@ def lay_out(
         cu_seqlens = nn.functional.pad(real.sum(-1).cumsum(0), (1, 0))
         return Layout(real.flatten().nonzero().flatten(), cu_seqlens, position_ids)
 
+    before = torch.arange(past, past + T, device=device).unsqueeze(0)
     if position_ids is None:
-        return Layout(None, None, torch.arange(past, past + T, device=device).unsqueeze(0))
+        return Layout(None, None, before)
     restarts = nn.functional.pad(position_ids.expand(B, T).diff() != 1, (1, 0), value=True)
+    if past and bool(restarts[:, 1:].any() | (position_ids < before).any()):
+        raise ValueError(
+            f"position_ids restart, expected no new documents with a cache that already holds {past} tokens"
+        )
     if T > 1 and bool(restarts[:, 1:].any()):
-        if past:
-            raise ValueError(
-                "position_ids restart, expected no packed documents with a cache that already holds tokens"
-            )
         cu_seqlens = nn.functional.pad(restarts.flatten().nonzero().flatten(), (0, 1), value=B * T)
         return Layout(None, cu_seqlens, position_ids)
     return Layout(None, None, position_ids)
@@ -124,8 +135,8 @@ class CarveBlock(GradientCheckpointingLayer):
         self.layer_type = config.layer_types[layer_idx]
         self.layer_idx = layer_idx
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
-        self.mixer_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.layer_type in ATTENTION:
             self.mixer: nn.Module = LlamaAttention(config, layer_idx)
         else:
@@ -182,7 +193,7 @@ class CarveModel(CarvePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([CarveBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_attention = any(block.layer_type in ATTENTION for block in self.layers)
         self.rotary_emb = LlamaRotaryEmbedding(config) if has_attention else None
         self.gradient_checkpointing = False
@@ -218,9 +229,17 @@ class CarveModel(CarvePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3:
+            raise ValueError(
+                f"the embeddings have shape {list(x.shape)}, expected input_ids [B, T] or inputs_embeds [B, T, D]"
+            )
         B, T = x.shape[:2]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens)
+        past = 0
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config, B)
+            past = past_key_values.get_seq_length()
+        window = "sliding_attention" in self.config.layer_types
+        layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens, window)
         packed = layout.cu_seqlens is not None and layout.tokens is None
         if packed and (use_cache or past_key_values is not None):
             raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
@@ -312,6 +331,8 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(f"labels has shape {list(labels.shape)}, expected [B, T] = {list(logits.shape[:2])}")
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )

@@ -123,10 +123,11 @@ def recurrent_carve(
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     state = check_state(initial_state, tokens, p, options, len(lengths))
     check_backend(backend, v.device)
-    if cu_seqlens is None:
-        o, state = recurrent(tokens, cast(p, options), state, options)
-    else:
-        o, state = recurrent_packed(tokens, cast(p, options), state, options, lengths)
+    with torch.autocast(v.device.type, enabled=False):
+        if cu_seqlens is None:
+            o, state = recurrent(tokens, cast(p, options), state, options)
+        else:
+            o, state = recurrent_packed(tokens, cast(p, options), state, options, lengths)
     return o.to(v.dtype), state if output_final_state else None
 
 
@@ -153,7 +154,7 @@ def carve_gates(
     lengths = check_tokens(tokens, None)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     trace: list[CarveGates] = []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         recurrent(tokens, cast(p, options), check_state(None, tokens, p, options, len(lengths)), options, trace)
     b, a, b_blind, a_blind = (None if x[0] is None else torch.cat(x, 2).transpose(1, 2) for x in zip(*trace))
     if a is not None and a_blind is not None:

@@ -12,8 +12,8 @@ Only the gates b and a depend on the content, so everything else is prepared for
 
 Decay is never divided out over more than one block of `BLOCK` tokens: exp(G_i - G_j) is split at the first
 token of i's block, where both factors are at most 1 if j lies in an earlier block. Inside a block the
-second factor may grow to exp(-G_j), which is safe while the block decays by less than exp(-MILD); a
-stronger block takes exp(G_i - G_j) pair by pair. All exponents are sums of g, never differences, so a
+second factor may grow to exp(-G_j), which is safe for the tokens j up to which the block decays by less than
+exp(-MILD); the others take exp(G_i - G_j) pair by pair. All exponents are sums of g, never differences, so a
 strong decay costs no precision in the weak one behind it.
 
 The backward saves the state at each segment of steps, and runs a segment again before it differentiates it.
@@ -98,11 +98,11 @@ def summing(blocks: int, size: int, dtype: torch.dtype, device: torch.device) ->
 
 
 class Pairs(NamedTuple):
-    """The F blocks that decay too strongly to divide, with k_j exp(G_i - G_j) pair by pair."""
+    """The F blocks with tokens j that decay too strongly to divide, and k_j exp(G_i - G_j) of these, pair by pair."""
 
     row: Tensor  # [F], ascending
     block: Tensor  # [F]
-    k: Tensor  # [F, BLOCK (i), BLOCK (j), K], 0 for i < j
+    k: Tensor  # [F, BLOCK (i), BLOCK (j), K], 0 for i < j and for the other j
 
     def split(self, rows: list[int]) -> list["Pairs"]:
         """Those of the first `rows[0]` rows, of the next `rows[1]`, and so on, each counted from its first."""
@@ -115,12 +115,13 @@ class Pairs(NamedTuple):
 
 
 def pair_up(k: Tensor, g: Tensor, strong: Tensor) -> Pairs:
-    """k, g: `[rows, blocks, BLOCK, K]`; strong: `[rows, blocks]` bool."""
-    at = strong.nonzero(as_tuple=True)
+    """k, g: `[rows, blocks, BLOCK, K]`; strong: `[rows, blocks, BLOCK]` bool, of the tokens j."""
+    at = strong.any(-1).nonzero(as_tuple=True)
     size, K = k.shape[-2:]
     i, j, t = torch.meshgrid(*[torch.arange(size, device=g.device)] * 3, indexing="ij")
     apart = (((j < t) & (t <= i)).to(g).flatten(0, 1) @ g[at]).view(-1, size, size, K)  # G_i - G_j
-    return Pairs(*at, apart.exp() * (i >= j)[..., 0].unsqueeze(-1) * k[at].unsqueeze(1))
+    held = (i >= j)[..., 0] & strong[at].unsqueeze(1)
+    return Pairs(*at, apart.exp() * held.unsqueeze(-1) * k[at].unsqueeze(1))
 
 
 def decayed_products(x: Tensor, x_row: Tensor, k_col: Tensor, pairs: Pairs) -> Tensor:
@@ -132,11 +133,11 @@ def decayed_products(x: Tensor, x_row: Tensor, k_col: Tensor, pairs: Pairs) -> T
     blocks = len(k_col) // rows
     in_blocks = (rows, blocks, L // blocks)
     products = torch.bmm(x_row.view(rows * blocks, -1, K), k_col.mT)
-    if len(pairs.row):  # k_col left these diagonal blocks 0
+    if len(pairs.row):  # k_col left these columns of the diagonal blocks 0
         at = (pairs.row, pairs.block)
         diagonal = (pairs.k @ x.view(*in_blocks, K)[at].unsqueeze(-1)).squeeze(-1)
         products = products.view(*in_blocks, blocks, L // blocks)
-        products[(*at, slice(None), pairs.block)] = diagonal
+        products[(*at, slice(None), pairs.block)] += diagonal
     return products.view(rows, L, L)
 
 
@@ -175,20 +176,20 @@ def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     # -- exp of sums of g: up to, behind and minus up to each token; before, behind and between blocks --
     sums = in_block @ g
     total = sums[:, :, size - 1].clone()  # [rows, blocks, K]
-    strong = (total < -MILD).any(-1)
-    pairs = pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0].nonzero(as_tuple=True), k[:0, 0, :, None])
-    k_mild = k
+    strong = (sums[:, :, 2 * size :] > MILD).any(-1)  # [rows, blocks, size]: a token's own, whatever comes behind it
+    pairs = pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0, :, 0].nonzero(as_tuple=True), k[:0, 0, :, None])
     if len(pairs.row):
-        sums[:, :, 2 * size :].masked_fill_(strong[..., None, None], 0)  # whose exp would overflow
-        k_mild = k.masked_fill(strong[..., None, None], 0)
+        sums[:, :, 2 * size :].masked_fill_(strong.unsqueeze(-1), 0)  # whose exp would overflow
     upto, behind, minus_upto = sums.exp_().split(size, dim=2)
     before_block, behind_block, between = (over_blocks @ total).exp_().split([blocks, blocks, blocks**2], dim=1)
 
     # -- exp(G_i - G_j), split at the start of i's block --
-    q_row, k_row, k_behind = q * upto, k * upto, k * behind
+    q_row, k_row, k_behind, k_mild = q * upto, k * upto, k * behind, k * minus_upto
+    if len(pairs.row):  # after the product: of k itself, gradients of all rows would add up in another order
+        k_mild = k_mild.masked_fill(strong.unsqueeze(-1), 0)
     between = between.view(rows, blocks, blocks, 1, K) * earlier.view(blocks, blocks, 1, 1)
     k_col = k_behind.unsqueeze(1) * between
-    k_col.diagonal(0, 1, 2).copy_((k_mild * minus_upto).movedim(1, -1))
+    k_col.diagonal(0, 1, 2).copy_(k_mild.movedim(1, -1))
     k_col = k_col.view(rows * blocks, L, K)
 
     k_out = k_behind * behind_block.unsqueeze(2)

@@ -12,7 +12,7 @@ CARVE, arXiv 2606.27229; the delta rule with decay is that of Gated DeltaNet-2, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 def head_first(x: Tokens, options: Options) -> Tokens:
-    """`[N, T, H, ...]` to `[N, HV, T, ...]`, w to `[N, HV, T, 1]`, in the compute dtype; normalises q and k if asked."""
+    """`[N, T, H, ...]` to `[N, HV, T, ...]`, w to `[N, HV, T, 1]`, in the compute dtype; q and k of unit norm if asked."""
     heads = x.v.shape[2]
 
     def lay_out(y: Tensor) -> Tensor:
@@ -64,6 +64,25 @@ def head_first(x: Tokens, options: Options) -> Tokens:
         q, k = (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6) for y in (q, k))
     w = None if x.w is None else x.w.transpose(1, 2).unsqueeze(-1).to(options.dtype)
     return Tokens(lay_out(q), lay_out(k), lay_out(x.v), lay_out(x.g), lay_out(x.e), w)
+
+
+class Sigmoid(torch.autograd.Function):
+    """1 / (1 + exp(-x)), every element alike.
+
+    torch.sigmoid rounds the last few elements of a tensor another way than the rest, so a sequence's bits would
+    depend on how many others there are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.neg().exp_().add_(1).reciprocal_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return dy * (1 - y) * y
 
 
 def gates(
@@ -81,8 +100,8 @@ def gates(
             e = e + z @ p.up
         if p.write is not None and w is not None:
             w = w + z @ p.write.unsqueeze(-1)
-    b = e.sigmoid() * 2 if options.allow_neg_eigval else e.sigmoid()
-    return b, None if w is None else w.sigmoid()
+    b = Sigmoid.apply(e)
+    return 2 * b if options.allow_neg_eigval else b, None if w is None else Sigmoid.apply(w)
 
 
 def all_or_mask(full: Tensor) -> Tensor | bool:
@@ -119,7 +138,7 @@ def close_chunk(
 
 def split_tokens(x: Tensor | None, T: int) -> Sequence[Tensor | None]:
     """`[N, HV, T, ...]` as T pieces of one token, `[N, HV, 1, ...]`."""
-    return [None] * T if x is None else x.split(1, dim=2)
+    return [None] * T if x is None else x.split(1, dim=2)[:T]  # of no tokens, split makes one empty piece
 
 
 def recurrent(
@@ -146,7 +165,7 @@ def recurrent(
 
         S = S * g_t.exp().mT
         v_new = (v_t if a is None else a * v_t) - (b * k_t) @ S
-        S = S + k_t.mT @ v_new
+        S = S + k_t.mT * v_new  # an outer product, each number alike in any batch
         o = options.scale * q_t @ S
         outputs.append(o)
 

@@ -80,14 +80,14 @@ class TrainConfig:
 
     def _check_type(self, each: dataclasses.Field) -> None:
         value, kind = getattr(self, each.name), each.type
+        if value is None and kind == str | None:
+            return
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             setattr(self, each.name, float(value))
-        elif value is None and kind == str | None:
             return
-        else:
-            python_type = {dict[str, Any]: dict, str | None: str}.get(kind, kind)  # type: ignore[call-overload]
-            if not isinstance(value, python_type) or (isinstance(value, bool) and python_type is not bool):
-                raise ValueError(f"{each.name} is {value!r}, expected {python_type.__name__}")
+        python_type: type = str if kind == str | None else dict if kind == dict[str, Any] else kind  # type: ignore[assignment]
+        if not isinstance(value, python_type) or (isinstance(value, bool) and python_type is not bool):
+            raise ValueError(f"{each.name} is {value!r}, expected {python_type.__name__}")
 
     @classmethod
     def load(cls, source: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> "TrainConfig":

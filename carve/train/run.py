@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
@@ -72,25 +74,32 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if model_config.vocab_size < len(tokenizer):
         raise ValueError(f"model has vocab_size {model_config.vocab_size}, expected at least {len(tokenizer)} tokens")
     model = CarveForCausalLM(model_config)
+    if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
+        model._keys_to_ignore_on_save = ["lm_head.weight"]
 
-    stop = StopOnSignal()
+    args, stop = arguments(config), StopOnSignal()
+    callbacks = [stop, Metrics(out, config), ShowProgress(config)]
+    if args.process_index == 0:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
     bits_a_byte = len(validation_tokens.ids) / validation_tokens.bytes / math.log(2)
     trainer = CarveTrainer(
         model=model,
-        args=arguments(config),
+        args=args,
         train_dataset=training,
         eval_dataset=validation,
         processing_class=tokenizer,
-        callbacks=[stop, Metrics(out, config), ShowProgress(config)],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.bits_a_byte = bits_a_byte
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
     config.save(out / "config.yaml")
-    with stop:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(out))
     last = get_last_checkpoint(out)
-    assert last is not None
+    if last != str(out / f"checkpoint-{config.steps}"):
+        with stop:
+            trainer.train(resume_from_checkpoint=last)
+        last = get_last_checkpoint(out)
+        assert last is not None
     if stop.number is not None and trainer.state.global_step < config.steps:
         raise Interrupted(f"saved {last}; go on with: carve train --resume {out}", stop.number)
     return Path(last)
@@ -117,7 +126,6 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
 
 def arguments(config: TrainConfig) -> TrainingArguments:
     """The configuration in the words of transformers' Trainer."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(config.out) / "tensorboard")
     args = TrainingArguments(
         output_dir=config.out,
         max_steps=config.steps,
@@ -132,7 +140,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.clip,
         seed=config.seed,
         bf16=config.dtype == "bfloat16",
-        activation_checkpointing=config.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         torch_compile=config.compile,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
@@ -141,11 +149,12 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         save_total_limit=config.keep,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
-        report_to=["tensorboard"],
+        report_to=[],
         disable_tqdm=True,
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
     )
     devices = args.world_size * max(1, args.n_gpu)
     tokens = config.seq_len * config.micro_batch * devices
@@ -250,8 +259,8 @@ class Metrics(TrainerCallback):
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(partial, self.path)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if not state.is_world_process_zero:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
             return
         line = {"step": state.global_step, "tokens": state.global_step * self.batch_tokens}
         if "loss" in logs and self.last is not None:
@@ -295,8 +304,8 @@ class ShowProgress(TrainerCallback):
                 self.task, completed=state.global_step, text=f"{self.loss}{self.speed(state):,.0f} tokens/s"
             )
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        if not state.is_world_process_zero:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
             return
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.3f}  "

@@ -1,0 +1,53 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from carve import CarveConfig
+from tests.models.tiny import ALL_LAYERS, READ, tiny_config
+
+
+def test_a_configuration_comes_back(tmp_path: Path) -> None:
+    config = tiny_config(ALL_LAYERS, **READ, num_v_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(again, CarveConfig)
+    assert again.to_diff_dict() == config.to_diff_dict()
+    assert again.rope_parameters["rope_theta"] == 5e5
+
+
+def test_what_is_left_out_follows_from_the_rest() -> None:
+    config = CarveConfig(num_hidden_layers=3, num_heads=4)
+    assert config.layer_types == ["carve"] * 3
+    assert config.num_attention_heads == config.num_key_value_heads == 4
+    assert (config.content, config.content_norm, config.content_write, config.chunk_size) == ("mean", "rms", False, 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layer_types": ["carve", "rwkv"]}, "layer_types has 'rwkv', expected only 'carve', 'gdn2', 'kda', 'gdn'"),
+        ({"layer_types": ["carve"]}, "layer_types has 1 entries, expected num_hidden_layers = 2"),
+        ({"chunk_sise": 8}, "CarveConfig has no field 'chunk_sise'; did you mean 'chunk_size'?"),
+        ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),
+        ({"vocab_size": 0}, "vocab_size is 0, expected an integer of at least 1"),
+        ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
+        ({"num_v_heads": 3}, "num_v_heads is 3, expected a multiple of num_heads = 2"),
+        ({"content": "max"}, "content is 'max', expected 'mean', 'read' or None"),
+        ({"content_norm": "l2"}, "content_norm is 'l2', expected 'rms' or None"),
+        ({"sliding_window": None}, "sliding_window is None, expected at least 2"),
+        ({"sliding_window": 1}, "sliding_window is 1, expected at least 2"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 2, expected a multiple of num_key_value_heads = 3"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    fields = {"num_hidden_layers": 2, "layer_types": ["carve", "sliding_attention"], **fields}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_config(fields.pop("layer_types"), **fields)
+
+
+def test_fields_of_attention_are_free_without_attention() -> None:
+    tiny_config(["carve"], sliding_window=None, head_dim=7, num_key_value_heads=3)

@@ -1,0 +1,87 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from carve.models import CarveConfig
+from carve.train import TrainConfig
+from carve.train.config import PRESETS
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_load(preset):
+    config = TrainConfig.load(preset, {"data": "text"})
+    assert config.batch_tokens % (config.seq_len * config.micro_batch) == 0
+
+
+def test_largest_preset_has_the_papers_size():
+    model = CarveConfig(**TrainConfig.load("1.3b", {"data": "text"}).model)
+    import torch
+
+    from carve import CarveForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CarveForCausalLM(model).parameters())
+    assert 1.2e9 < parameters < 1.4e9
+
+
+def test_yaml_round_trip(tmp_path):
+    config = TrainConfig(data="text", steps=7, warmup_steps=2, model={"content": "read", "content_write": True})
+    config.save(tmp_path / "config.yaml")
+    assert TrainConfig.load(tmp_path / "config.yaml") == config
+
+
+def test_overrides_win_and_merge_the_model(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: text\nsteps: 500\nmodel: {hidden_size: 64, chunk_size: 16}\n")
+    config = TrainConfig.load(tmp_path / "c.yaml", {"steps": 600, "model": {"chunk_size": 32}})
+    assert config.steps == 600
+    assert config.model == {"hidden_size": 64, "chunk_size": 32}
+
+
+def test_every_field_has_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stepps": 3}, "did you mean 'steps'"),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"seq_len": 3, "batch_tokens": 100}, "batch_tokens is 100"),
+        ({"warmup_steps": 1000}, "warmup_steps is 1000"),
+        ({"validation_share": 1.0}, "validation_share is 1.0"),
+        ({"data": 3}, "data is 3"),
+        ({"model": {"hidden": 3}}, "model has 'hidden'"),
+        ({"model": {"layer_types": ["lstm"], "num_hidden_layers": 1}}, "layer_types has 'lstm'"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        TrainConfig.load(None, {"data": "text"} | fields)
+
+
+def test_data_is_required():
+    with pytest.raises(ValueError, match="data is missing"):
+        TrainConfig.load("demo")
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"'small' is neither.*1\.3b, 30m, 340m, demo"):
+        TrainConfig.load("small")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "model: 3\n"])
+def test_files_that_are_no_mapping(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"c\.yaml is not"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_a_saved_config_is_plain_yaml(tmp_path):
+    TrainConfig(data="text").save(tmp_path / "c.yaml")
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["tokenizer"] == "bytes"

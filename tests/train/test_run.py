@@ -1,0 +1,243 @@
+"""Whole runs of a tiny model: what they write, and that no interruption changes the outcome."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from carve.train import TrainConfig, train
+from carve.train.run import CarveTrainer, Interrupted
+
+FIELDS = {
+    "seq_len": 32,
+    "batch_tokens": 128,
+    "micro_batch": 2,
+    "steps": 6,
+    "warmup_steps": 2,
+    "eval_every": 4,
+    "save_every": 2,
+    "log_every": 2,
+    "keep": 3,
+    "learning_rate": 3e-3,
+    "validation_share": 0.05,
+    "model": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 16,
+        "chunk_size": 8,
+        "content": "read",
+    },
+}
+
+# Kills itself at a moment of a run, as a power cut would. Arguments: run folder, text, moment, whether to resume.
+VICTIM = """
+import os, signal, sys
+import carve.train.run as run
+from carve.train import TrainConfig, train
+
+out, data, moment, resume = sys.argv[1:]
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if moment == "between":
+    class Die(run.ShowProgress):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                die()
+    run.ShowProgress = Die
+elif moment == "writing":
+    save = run.CarveTrainer._save_optimizer_and_scheduler
+    run.CarveTrainer._save_optimizer_and_scheduler = lambda self, path: die() if path.endswith("-4") else save(self, path)
+elif moment == "publishing":
+    publish = run.publish
+    run.publish = lambda partial, final: die() if final.name == "checkpoint-4" else publish(partial, final)
+elif moment in ("SIGINT", "SIGTERM"):
+    class Ask(run.ShowProgress):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                os.kill(os.getpid(), getattr(signal, moment))
+    run.ShowProgress = Ask
+try:
+    train(TrainConfig.load(data, {"out": out}), resume=resume == "resume")
+except run.Interrupted as interruption:
+    print(interruption)
+    sys.exit(128 + interruption.signal)
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    TrainConfig(data=str(folder / "text.txt"), **FIELDS).save(folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(TrainConfig.load(config_file, {"out": str(out)})) == out / "checkpoint-6"
+    return out
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def assert_same_run(out, whole):
+    for step in (4, 6):
+        expected = weights(whole / f"checkpoint-{step}")
+        for name, found in weights(out / f"checkpoint-{step}").items():
+            assert torch.equal(found, expected[name]), (step, name)
+    lines, expected = ([json.loads(line) for line in (x / "metrics.jsonl").open()] for x in (out, whole))
+    for line in (*lines, *expected):
+        line.pop("tokens_per_second", None)
+    assert lines == expected
+
+
+def test_what_a_run_writes(whole):
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "data", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in lines if "eval_bits_per_byte" in line] == [4, 6]
+    assert set(lines[0]) == {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert lines[0]["tokens"] == 256
+    assert lines[-2]["loss"] < lines[0]["loss"]
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+
+
+def test_a_checkpoint_is_a_model_with_its_tokenizer(whole):
+    model = AutoModelForCausalLM.from_pretrained(whole / "checkpoint-6")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "checkpoint-6")
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=3).shape[1] <= 6
+
+
+def test_two_runs_are_the_same(whole, config_file, tmp_path):
+    train(TrainConfig.load(config_file, {"out": str(tmp_path / "again")}))
+    assert_same_run(tmp_path / "again", whole)
+
+
+@pytest.mark.parametrize("moment", ["between", "writing", "publishing"])
+def test_killed_and_resumed_gives_the_same_bits(moment, whole, config_file, tmp_path):
+    out = tmp_path / "run"
+    victim = subprocess.run([sys.executable, "-c", VICTIM, out, config_file, moment, "new"], capture_output=True)
+    assert victim.returncode == -signal.SIGKILL, victim.stderr.decode()
+    assert not (out / "checkpoint-4").exists()
+    assert weights(out / "checkpoint-2").keys()
+    train(TrainConfig.load(config_file, {"out": str(out)}), resume=True)
+    assert_same_run(out, whole)
+    assert not (out / "partial").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_resume(name, whole, config_file, tmp_path):
+    out, number = tmp_path / "run", getattr(signal, name)
+    victim = subprocess.run(
+        [sys.executable, "-c", VICTIM, out, config_file, name, "new"], capture_output=True, text=True
+    )
+    assert victim.returncode == 128 + number, victim.stderr
+    assert f"carve train --resume {out}" in victim.stdout
+    assert "Traceback" not in victim.stderr
+    assert (out / "checkpoint-3" / "model.safetensors").exists()
+    train(TrainConfig.load(config_file, {"out": str(out)}), resume=True)
+    for tensor, expected in zip(
+        weights(out / "checkpoint-6").values(), weights(whole / "checkpoint-6").values(), strict=True
+    ):
+        assert torch.equal(tensor, expected)
+
+
+def test_resuming_a_run_that_has_ended_changes_nothing(whole, config_file, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}), resume=True).name == "checkpoint-6"
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatch):
+    save = CarveTrainer._save_rng_state
+
+    def full(self, folder):
+        if folder.endswith("-4"):
+            (Path(folder) / "rng_state.pth").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(CarveTrainer, "_save_rng_state", full)
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written.*No space left.*checkpoint-2"):
+        train(TrainConfig.load(config_file, {"out": str(out)}))
+    assert sorted(path.name for path in out.glob("*") if "checkpoint" in path.name or "partial" in path.name) == [
+        "checkpoint-2"
+    ]
+    assert weights(out / "checkpoint-2").keys()
+
+
+def test_a_used_folder_is_refused(whole, config_file):
+    with pytest.raises(ValueError, match=r"not empty: carve train --resume"):
+        train(TrainConfig.load(config_file, {"out": str(whole)}))
+
+
+def test_a_resumed_run_must_be_the_same(whole, config_file, tmp_path):
+    with pytest.raises(ValueError, match=r"steps is 8, but the run in .* has 6"):
+        train(TrainConfig.load(config_file, {"out": str(whole), "steps": 8}), resume=True)
+    with pytest.raises(ValueError, match=r"holds no config\.yaml"):
+        train(TrainConfig.load(config_file, {"out": str(tmp_path)}), resume=True)
+
+
+def test_errors_come_before_the_folder_is_made(config_file, tmp_path):
+    out = tmp_path / "run"
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8"):
+        train(TrainConfig.load(config_file, {"out": str(out), "data": str(tmp_path / "bad.txt")}))
+    with pytest.raises(ValueError, match="vocab_size 100"):
+        train(TrainConfig.load(config_file, {"out": str(out), "model": {"vocab_size": 100}}))
+    assert not (out / "config.yaml").exists()
+    train(TrainConfig.load(config_file, {"out": str(out), "steps": 3}))  # the folder is still as good as new
+
+
+def test_what_is_not_decayed(config_file, tmp_path):
+    decayed = {}
+
+    def look(self, model):
+        decayed["names"] = names = get_names(self, model)
+        decayed["all"] = [name for name, _ in model.named_parameters()]
+        return names
+
+    get_names = CarveTrainer.get_decay_parameter_names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CarveTrainer, "get_decay_parameter_names", look)
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3}))
+    spared = {name.split("model.layers.0.")[-1] for name in set(decayed["all"]) - set(decayed["names"])}
+    assert spared == {
+        "mixer_norm.weight", "mlp_norm.weight", "model.norm.weight", "mixer.norm.weight",
+        "mixer.A_log", "mixer.dt_bias", "mixer.gate_proj.1.bias",
+    }  # fmt: skip
+
+
+def test_interrupted_is_a_keyboard_interrupt():
+    assert issubclass(Interrupted, KeyboardInterrupt)
+    assert os.environ.get("TENSORBOARD_LOGGING_DIR") is None  # a run leaves the environment as it was
+
+
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"validation": "same"}])
+def test_other_ways_to_run(fields, config_file, tmp_path):
+    config = TrainConfig.load(config_file)
+    if "validation" in fields:
+        fields = {"validation": config.data}
+    last = train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3} | fields))
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(last).values())
