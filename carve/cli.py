@@ -1,6 +1,8 @@
 """The `carve` command: parsing only; every command calls one function of the package."""
 
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -181,7 +183,7 @@ def _text(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         return prompt
     if file is not None:
-        from carve.evals.text import read_text
+        from carve.text import read_text
 
         return read_text(file)
     if sys.stdin.isatty():
@@ -203,6 +205,9 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
+    except BrokenPipeError:  # `carve generate ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         print(f"carve: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -88,7 +88,9 @@ class ShortConvolution(nn.Module):
         if cu_seqlens is None:
             past = x.new_zeros(x.shape[0], lags, x.shape[2]) if past is None else past
             extended = torch.cat([past, x], dim=1)
-            y = sum(extended[:, j : j + T] * self.weight[:, j] for j in range(lags + 1))
+            y = x * self.weight[:, lags]
+            for j in reversed(range(lags)):
+                y = y + extended[:, j : j + T] * self.weight[:, j]
             return F.silu(y), extended[:, T:].clone()  # a view would keep all of x alive
 
         lengths = cu_seqlens.diff()
@@ -100,9 +102,10 @@ class ShortConvolution(nn.Module):
         for lag in range(1, lags + 1):  # of the packed neighbours, those in the same sequence
             same = (local[lag:] >= lag).unsqueeze(-1)
             y = y + F.pad(x[0, : max(T - lag, 0)] * same, (0, 0, min(lag, T), 0)) * self.weight[:, lags - lag]
-        token, lag = torch.nonzero(local.unsqueeze(-1) < torch.arange(1, lags + 1, device=x.device), as_tuple=True)
-        lag = lag + 1  # and what the first tokens of each sequence see of its past
-        y = y.index_add(0, token, past[sequence[token], lags + local[token] - lag] * self.weight.T[lags - lag])
+        reaches = local.unsqueeze(-1) < torch.arange(1, lags + 1, device=x.device)  # [T, lags], into the past
+        token, behind = reaches.nonzero(as_tuple=True)
+        seen = past[sequence[token], lags - 1 + local[token] - behind]
+        y = y.index_add(0, token, seen * self.weight.T[lags - 1 - behind])
 
         at = lengths.unsqueeze(-1) - lags + torch.arange(lags, device=x.device)  # [N, lags], negative in the past
         held = torch.cat([past.flatten(0, 1), x[0]])
@@ -313,8 +316,7 @@ class CarveMixer(nn.Module):
             self.check_state(state, N)
         op, last = self.project(x, past, cu_seqlens)
         run = recurrent_carve if x.shape[1] == 1 else chunk_carve
-        with torch.autocast(x.device.type, enabled=False):  # the memory stays float32
-            o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
+        o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
         assert memory is not None
         y = self.norm(o, self.gate_proj(x).view(o.shape))
         return self.o_proj(y.flatten(2)), MixerState(last, memory, self.chunk_size)

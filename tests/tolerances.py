@@ -3,14 +3,20 @@
 TOLERANCES: dict[str, tuple[float, str]] = {
     # -- the op: largest error relative to the largest value, see `tests/ops/cases.py` --
     "op_float64": (1e-10, "float64 rounding over at most a few hundred tokens; a wrong term is off by 1e-3 or more"),
-    "op_float64_gradient": (1e-8, "as op_float64; saturated gates and strong decays make gradients of very unlike sizes"),
-    "op_float32": (1e-4, "float32 rounding (6e-8) through at most 200 edits of the memory, each of gain up to sqrt(4/3)"),
+    "op_float64_gradient": (
+        1e-8,
+        "as op_float64; saturated gates and strong decays make gradients of very unlike sizes",
+    ),
+    "op_float32": (
+        1e-4,
+        "float32 rounding (6e-8) through at most 200 edits of the memory, each of gain up to sqrt(4/3)",
+    ),
     "op_float32_gradient": (1e-3, "as op_float32, through the forward and the backward"),
     "op_bfloat16": (2**-8, "o is rounded once to bfloat16: half a unit in the last place is 2^-9 of the value"),
     "op_float16": (2**-10, "o is rounded once to float16: half a unit in the last place is 2^-11, and float32 inside"),
     "op_content_effect": (0.05, "the content term must move the outputs by this much, or a test of it shows nothing"),
     # -- the layer and the model: largest error relative to the largest value, see `tests/models/tiny.py` --
-    "model_float64": (1e-9, "float64 rounding through up to 6 layers; a leak or a lost token is off by 1e-3 or more"),
+    "model_float64": (1e-10, "float64 rounding through up to 6 layers; a leak or a lost token is off by 1e-3 or more"),
     "model_float32": (1e-4, "as model_float64 in float32, each recurrent layer as op_float32"),
     "model_bfloat16": (0.1, "bfloat16 keeps 8 bits; every layer rounds its weights, inputs and outputs to them"),
 }

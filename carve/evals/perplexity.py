@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.evals.text import tokenize_stream
+from carve.text import tokenize_stream
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from carve.evals.perplexity import Perplexity, perplexity
-from carve.evals.text import read_documents
 from carve.models.checkpoint import load_checkpoint
+from carve.text import read_documents
 
 
 def evaluate_files(

@@ -120,7 +120,8 @@ def check_cache(cache: Cache, config: CarveConfig, B: int) -> None:
             f"past_key_values has the layers {cache.layers}, expected those of a CarveCache for "
             f"layer_types = {config.layer_types}"
         )
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if not layer.get_seq_length():
             continue
         recurrent = isinstance(layer, RecurrentCacheLayer)

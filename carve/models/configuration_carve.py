@@ -14,7 +14,7 @@ ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
 
 # transformers' own table: its Trainer reads the configuration of a checkpoint without knowing the architecture.
-configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)  # type: ignore[assignment]
 
 
 @strict

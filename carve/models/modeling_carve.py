@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from carve.mixer import CarveMixer
+from carve.mixer import CarveMixer, GatedRMSNorm, ShortConvolution
 from carve.models.cache_carve import CarveCache, check_cache
 from carve.models.configuration_carve import ATTENTION, CarveConfig
 from carve.ops.api import check_cu_seqlens
@@ -138,7 +138,7 @@ class CarveBlock(GradientCheckpointingLayer):
         self.mixer_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.layer_type in ATTENTION:
-            self.mixer: nn.Module = LlamaAttention(config, layer_idx)
+            self.mixer: nn.Module = LlamaAttention(config, layer_idx)  # type: ignore[arg-type]
         else:
             self.mixer = CarveMixer(**config.mixer_arguments(layer_idx))
         self.mlp = LlamaMLP(config)
@@ -168,11 +168,12 @@ class CarveBlock(GradientCheckpointingLayer):
 
 
 class CarvePreTrainedModel(PreTrainedModel):
+    config: CarveConfig
     config_class = CarveConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("CarveBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["CarveBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -181,7 +182,7 @@ class CarvePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "initial_values"):  # CarveMixer and its parts
+        if isinstance(module, (CarveMixer, GatedRMSNorm, ShortConvolution)):
             for name, value in module.initial_values().items():
                 initialization.copy_(getattr(module, name), value)
 
@@ -195,7 +196,7 @@ class CarveModel(CarvePreTrainedModel):
         self.layers = nn.ModuleList([CarveBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_attention = any(block.layer_type in ATTENTION for block in self.layers)
-        self.rotary_emb = LlamaRotaryEmbedding(config) if has_attention else None
+        self.rotary_emb = LlamaRotaryEmbedding(config) if has_attention else None  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -238,6 +239,7 @@ class CarveModel(CarvePreTrainedModel):
         if past_key_values is not None:
             check_cache(past_key_values, self.config, B)
             past = past_key_values.get_seq_length()
+        assert self.config.layer_types is not None
         window = "sliding_attention" in self.config.layer_types
         layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens, window)
         packed = layout.cu_seqlens is not None and layout.tokens is None
@@ -261,9 +263,9 @@ class CarveModel(CarvePreTrainedModel):
             if layer_type in self.config.layer_types
         }
         streams = []
-        for block in self.layers:
+        for block, layer_type in zip(self.layers, self.config.layer_types, strict=True):
             streams.append(x)
-            x = block(x, layout, masks.get(block.layer_type), rotary, past_key_values=past_key_values)
+            x = block(x, layout, masks.get(layer_type), rotary, past_key_values=past_key_values)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,

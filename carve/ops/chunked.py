@@ -177,7 +177,9 @@ def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     sums = in_block @ g
     total = sums[:, :, size - 1].clone()  # [rows, blocks, K]
     strong = (sums[:, :, 2 * size :] > MILD).any(-1)  # [rows, blocks, size]: a token's own, whatever comes behind it
-    pairs = pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0, :, 0].nonzero(as_tuple=True), k[:0, 0, :, None])
+    pairs = (
+        pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0, :, 0].nonzero(as_tuple=True), k[:0, 0, :, None])
+    )
     if len(pairs.row):
         sums[:, :, 2 * size :].masked_fill_(strong.unsqueeze(-1), 0)  # whose exp would overflow
     upto, behind, minus_upto = sums.exp_().split(size, dim=2)

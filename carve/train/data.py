@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from carve.evals.text import read_documents, tokenize_stream
+from carve.text import read_documents, tokenize_stream
 
 HUB = "hub:"
 

@@ -126,6 +126,8 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
 
 def arguments(config: TrainConfig) -> TrainingArguments:
     """The configuration in the words of transformers' Trainer."""
+    # A word of transformers that is about to be replaced by another: said only where it is needed.
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if config.gradient_checkpointing else {}
     args = TrainingArguments(
         output_dir=config.out,
         max_steps=config.steps,
@@ -140,7 +142,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.clip,
         seed=config.seed,
         bf16=config.dtype == "bfloat16",
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        **checkpointing,
         torch_compile=config.compile,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,

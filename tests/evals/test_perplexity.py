@@ -122,7 +122,7 @@ def test_a_hopeless_model_has_infinite_perplexity() -> None:
 def test_a_text_is_read_no_further_than_it_is_scored(
     model: PreTrainedModel, tokenizer_with_bos: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carve.evals.text.tokenize_stream.__kwdefaults__", {"piece": 100})
+    monkeypatch.setattr("carve.text.tokenize_stream.__kwdefaults__", {"piece": 100})
     read = 0
 
     def blocks() -> Iterator[str]:

@@ -97,8 +97,6 @@ def oracle(
                 top=2 if allow_neg_eigval else 1,
             )
             finals.append(final)
-    stacked = [
-        None if x[0] is None else np.stack(x).reshape(B, HV, *np.shape(x[0])) for x in zip(*finals, strict=True)
-    ]
+    stacked = [None if x[0] is None else np.stack(x).reshape(B, HV, *np.shape(x[0])) for x in zip(*finals, strict=True)]
     stacked[3] = stacked[3][:, 0]
     return o, tuple(stacked)

@@ -8,7 +8,7 @@ from carve.ops import CarveState, chunk_carve, recurrent_carve
 from tests.ops.cases import DECAYS, TENSORS, Case, assert_close, assert_states_close, cases
 from tests.tolerances import tolerance
 
-few = settings(max_examples=40, derandomize=True, deadline=None)
+few = settings(max_examples=80, derandomize=True, deadline=None)
 CONTENTS = [("mean", None), ("mean", "rms"), ("read", None), ("read", "rms")]
 
 
@@ -56,7 +56,7 @@ def test_chunks_are_the_recurrence(case: Case) -> None:
         assert_content_is_heard(arguments, expected)
 
 
-@settings(few, max_examples=15)
+@settings(few, max_examples=40)
 @given(cases())
 def test_gradients_are_those_of_the_recurrence(case: Case) -> None:
     arguments = case.arguments()

@@ -8,7 +8,7 @@ from carve.ops import CarveState, recurrent_carve
 from tests.ops.cases import TENSORS, Case, assert_close, assert_states_close, cases
 from tests.ops.oracle import oracle
 
-few = settings(max_examples=30, derandomize=True, deadline=None)
+few = settings(max_examples=40, derandomize=True, deadline=None)
 
 
 def to_numpy(arguments: dict) -> dict:
@@ -101,7 +101,11 @@ def test_gdn2_is_a_special_case() -> None:
 def test_kda_is_a_special_case(allow_neg_eigval: bool) -> None:
     x = Case(content=None, write="token", T=40).arguments()
     logit = x["w"]  # [B, T, HV]
-    x |= {"qk_l2norm": False, "k": torch.nn.functional.normalize(x["k"], dim=-1), "e": logit[..., None].expand_as(x["k"])}
+    x |= {
+        "qk_l2norm": False,
+        "k": torch.nn.functional.normalize(x["k"], dim=-1),
+        "e": logit[..., None].expand_as(x["k"]),
+    }
     if allow_neg_eigval:  # the write gate stays in (0, 1): twice the values, as they are written
         x |= {"allow_neg_eigval": True, "v": 2 * x["v"]}
     beta = logit.sigmoid() * (2 if allow_neg_eigval else 1)

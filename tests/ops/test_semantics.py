@@ -12,7 +12,7 @@ from carve.ops import CarveState, chunk_carve, recurrent_carve
 from carve.ops.chunked import BLOCK, SEGMENT, STEP
 from tests.ops.cases import TENSORS, TOKEN_NAMES, Case, assert_close, assert_states_close, cases
 
-few = settings(max_examples=15, derandomize=True, deadline=None)
+few = settings(max_examples=25, derandomize=True, deadline=None)
 OPS = {"chunk": chunk_carve, "recurrent": recurrent_carve}
 both = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 
@@ -238,7 +238,9 @@ def test_a_partial_chunk_is_not_heard_until_full(op, length: int) -> None:
 
 def bits(op, arguments: dict) -> list[torch.Tensor]:
     """Outputs, final state and all gradients."""
-    leaves = {name: arguments[name].detach().clone().requires_grad_() for name in TENSORS if arguments[name] is not None}
+    leaves = {
+        name: arguments[name].detach().clone().requires_grad_() for name in TENSORS if arguments[name] is not None
+    }
     o, state = op(**arguments | leaves, output_final_state=True)
     total = o.double().square().sum() + state.memory.double().sum()
     return [o, *(x for x in state if x is not None), *torch.autograd.grad(total, list(leaves.values()))]

@@ -55,8 +55,8 @@ if moment == "between":
                 die()
     run.ShowProgress = Die
 elif moment == "writing":
-    save = run.CarveTrainer._save_optimizer_and_scheduler
-    run.CarveTrainer._save_optimizer_and_scheduler = lambda self, path: die() if path.endswith("-4") else save(self, path)
+    save = run.CarveTrainer._save_scaler
+    run.CarveTrainer._save_scaler = lambda self, path: die() if path.endswith("-4") else save(self, path)
 elif moment == "publishing":
     publish = run.publish
     run.publish = lambda partial, final: die() if final.name == "checkpoint-4" else publish(partial, final)

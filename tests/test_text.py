@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from carve.evals.text import CONTEXT, read_documents, tokenize_stream
+from carve.text import CONTEXT, read_documents, tokenize_stream
 
 WORDS = [
     "def",
@@ -53,7 +53,7 @@ def test_a_long_text_is_cut_into_pieces_of_bounded_length(tokenizer: PreTrainedT
 def test_a_plain_file_is_one_document_read_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: str
 ) -> None:
-    monkeypatch.setattr("carve.evals.text.BLOCK", 7)  # cuts inside characters
+    monkeypatch.setattr("carve.text.BLOCK", 7)  # cuts inside characters
     (tmp_path / "a.txt").write_bytes(corpus.encode())
     (document,) = read_documents(tmp_path / "a.txt")
     blocks = list(document)
