@@ -301,3 +301,14 @@ def test_a_state_of_another_batch_is_refused() -> None:
         layer(inputs(3, 5), state)
     with pytest.raises(ValueError, match="state is of 2 sequences, expected 1"):
         layer(inputs(1, 5), state, cu_seqlens=torch.tensor([0, 5]))
+
+
+def test_training_after_inference_mode() -> None:
+    layer = make_layer(chunk_size=13)  # a size of no other test: nothing is prepared for it yet
+    x = inputs(1, 14)
+    with torch.inference_mode():
+        expected, _ = layer(x)
+    y, _ = layer(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert layer.q_proj.weight.grad.isfinite().all()

@@ -1,6 +1,7 @@
 """The public op: checks and the choice of a backend. No arithmetic here."""
 
 import warnings
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from carve.ops.chunked import chunked
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
-from carve.ops.state import CarveState
+from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("auto", "torch")
@@ -156,14 +157,13 @@ def carve_gates(
     trace: list[CarveGates] = []
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         recurrent(tokens, cast(p, options), check_state(None, tokens, p, options, len(lengths)), options, trace)
-    b, a, b_blind, a_blind = (None if x[0] is None else torch.cat(x, 2).transpose(1, 2) for x in zip(*trace))
-    if a is not None and a_blind is not None:
-        a, a_blind = a.squeeze(-1), a_blind.squeeze(-1)
-    return CarveGates(b, a, b_blind, a_blind)
+    columns = (None if column[0] is None else column for column in zip(*trace, strict=True))
+    b, a, b_blind, a_blind = each(lambda x: torch.cat(x, 2).transpose(1, 2), columns)
+    return CarveGates(b, None if a is None else a.squeeze(-1), b_blind, None if a is None else a_blind.squeeze(-1))
 
 
 def cast(p: Projections, options: Options) -> Projections:
-    return Projections(*(None if x is None else x.to(options.dtype) for x in p))
+    return Projections(*each(lambda x: x.to(options.dtype), p))
 
 
 def expect(name: str, x: Tensor, expected: dict[str, tuple[int, ...]]) -> None:
@@ -173,17 +173,22 @@ def expect(name: str, x: Tensor, expected: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
 
 
+def check_tensor(name: str, x: object, device: torch.device, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raise unless x is a tensor of one of the dtypes on the device."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {type(x).__name__}, expected a tensor")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {x.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, expected {device} like q")
+
+
 def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
     """Raise unless the inputs fit each other; returns the lengths of the N sequences, int64, on the CPU."""
     for name, y in x._asdict().items():
         if y is None and name == "w":
             continue
-        if not isinstance(y, Tensor):
-            raise ValueError(f"{name} is {type(y).__name__}, expected a tensor")
-        if y.dtype not in DTYPES:
-            raise ValueError(f"{name} has dtype {y.dtype}, expected one of {', '.join(map(str, DTYPES))}")
-        if y.device != x.q.device:
-            raise ValueError(f"{name} is on {y.device}, expected {x.q.device} like q")
+        check_tensor(name, y, x.q.device if isinstance(x.q, Tensor) else torch.device("cpu"))
     for name in ("q", "v"):
         y = getattr(x, name)
         if y.dim() != 4:
@@ -237,6 +242,14 @@ def check_options(
 ) -> Options:
     """Raise unless the projections and options fit the inputs; returns the options with defaults filled in."""
     K, (HV, V) = x.q.shape[3], x.v.shape[2:]
+    for name, y in (("p_down", p.down), ("p_up", p.up), ("p_write", p.write)):
+        if y is not None:
+            check_tensor(name, y, x.q.device)
+    for name, flag in (("qk_l2norm", qk_l2norm), ("allow_neg_eigval", allow_neg_eigval)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} is {flag!r}, expected True or False")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}, expected a finite number or None")
     if content not in ("mean", "read"):
         raise ValueError(f"content is {content!r}, expected 'mean' or 'read' (p_down=None makes the op memory-blind)")
     if content_norm not in (None, "rms"):
@@ -248,7 +261,7 @@ def check_options(
             if y is not None:
                 raise ValueError(f"{name} was given without p_down, expected both or neither")
     else:
-        R = p.down.shape[-1]
+        R = max(p.down.shape[-1], 1) if p.down.dim() else 1
         expect("p_down", p.down, {"[HV, V, R]": (HV, V, R)})
         if p.up is None and p.write is None:
             raise ValueError("p_up is None, expected a tensor [HV, R, K] with p_down unless p_write is given")
@@ -258,9 +271,6 @@ def check_options(
             expect("p_write", p.write, {"[HV, R]": (HV, R)})
             if x.w is None:
                 raise ValueError("p_write was given without w, expected a write-gate logit w to add the content to")
-    for name, y in (("p_down", p.down), ("p_up", p.up), ("p_write", p.write)):
-        if y is not None and (y.dtype not in DTYPES or y.device != x.q.device):
-            raise ValueError(f"{name} is {y.dtype} on {y.device}, expected a float tensor on {x.q.device}")
     scale = K**-0.5 if scale is None else float(scale)
     dtype = torch.float64 if torch.float64 in (x.q.dtype, x.k.dtype, x.v.dtype) else torch.float32
     blind = p.down is None
@@ -281,8 +291,8 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
         "content_sum": ("[N, HV, V]", (N, HV, V)) if options.content == "mean" else None,
     }
     if state is None:
-        zeros = (None if s is None else x.v.new_zeros(s[1], dtype=options.dtype) for s in shapes.values())
-        return CarveState(*zeros, torch.zeros(N, dtype=torch.int64, device=x.v.device))
+        memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes.values())
+        return CarveState(memory, content, content_sum, torch.zeros(N, dtype=torch.int64, device=x.v.device))
     if not isinstance(state, CarveState):
         raise ValueError(f"initial_state is {type(state).__name__}, expected a CarveState")
     for name, shape in shapes.items():
@@ -292,14 +302,10 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
             how = "a memory-blind op" if options.content is None else f"content={options.content!r}"
             raise ValueError(f"initial_state.{name} is {found}, expected {wanted} for {how}")
         if shape is not None:
+            check_tensor(f"initial_state.{name}", y, x.v.device, (options.dtype,))
             expect(f"initial_state.{name}", y, dict([shape]))
-            if y.dtype != options.dtype or y.device != x.v.device:
-                raise ValueError(
-                    f"initial_state.{name} is {y.dtype} on {y.device}, expected {options.dtype} on {x.v.device}"
-                )
+    check_tensor("initial_state.position", state.position, x.v.device, (torch.int64,))
     expect("initial_state.position", state.position, {"[N]": (N,)})
-    if state.position.dtype != torch.int64:
-        raise ValueError(f"initial_state.position has dtype {state.position.dtype}, expected torch.int64")
     at = state.position
     if at.device.type == "cpu" and not ((at >= 0) & (at < options.chunk_size)).all():
         raise ValueError(

@@ -20,7 +20,6 @@ The backward saves the state at each segment of steps, and runs a segment again 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +27,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from carve.ops.recurrence import Options, Projections, Tokens, all_or_mask, close_chunk, gates, head_first
-from carve.ops.state import CarveState
+from carve.ops.state import CarveState, each
 
 STEP = 64  # tokens in a triangular system
 BLOCK = 16  # tokens over which decay may be divided out
 MILD = 40.0  # exp(40) leaves float32 room for a factor of 1e20 on either side
 SEGMENT = 256  # tokens that are prepared, and run again in the backward, together
-
-
-def each(function: Callable[[Any], Any], tensors: Iterable[Tensor | None]) -> list[Any]:
-    """`function` of every tensor, None where there is none."""
-    return [None if x is None else function(x) for x in tensors]
 
 
 class Grid(NamedTuple):
@@ -82,6 +76,7 @@ def lay_grid(lengths: Tensor, position: Tensor, chunk_size: int) -> Grid:
 
 
 @functools.lru_cache
+@torch.inference_mode(False)  # what is kept must serve a backward too
 def summing(blocks: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros and ones that add up g by a product: terms are only added, so nothing cancels.
 
@@ -121,7 +116,7 @@ def pair_up(k: Tensor, g: Tensor, strong: Tensor) -> Pairs:
     i, j, t = torch.meshgrid(*[torch.arange(size, device=g.device)] * 3, indexing="ij")
     apart = (((j < t) & (t <= i)).to(g).flatten(0, 1) @ g[at]).view(-1, size, size, K)  # G_i - G_j
     held = (i >= j)[..., 0] & strong[at].unsqueeze(1)
-    return Pairs(*at, apart.exp() * held.unsqueeze(-1) * k[at].unsqueeze(1))
+    return Pairs(at[0], at[1], apart.exp() * held.unsqueeze(-1) * k[at].unsqueeze(1))
 
 
 def decayed_products(x: Tensor, x_row: Tensor, k_col: Tensor, pairs: Pairs) -> Tensor:
@@ -228,9 +223,7 @@ def cut_segments(grid: Grid, device: torch.device) -> list[Segment]:
     return segments
 
 
-def run_steps(
-    segment: Segment, x: Tokens, p: Projections, begin: Sequence[Tensor | None], options: Options
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def run_steps(segment: Segment, x: Tokens, p: Projections, begin: list[Any], options: Options) -> list[Any]:
     """Run the steps of a segment for the sequences that are active in the first of them.
 
     Args:
@@ -269,7 +262,8 @@ def run_steps(
             content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
             outputs.append(o)
         state = zip((memory, content, content_sum), *reversed(ended), strict=True)
-        return torch.cat(outputs).transpose(1, 2), *(None if y[0] is None else torch.cat(y) for y in state)
+        ends = each(torch.cat, (None if parts[0] is None else parts for parts in state))
+        return [torch.cat(outputs).transpose(1, 2), *ends]
 
 
 def gather(x: Tensor, segment: Segment) -> Tensor:
@@ -284,6 +278,7 @@ def scatter(y: Tensor, segment: Segment, out: Tensor) -> None:
     """`[slots, L, ...]` into its places in `out`, `[all tokens, ...]`; empty lanes are dropped."""
     y, tokens = y.flatten(0, 1), segment.tokens
     if segment.held is not None:
+        assert isinstance(tokens, Tensor)
         y, tokens = y[segment.held], tokens[segment.held]
     out[tokens] = y.to(out.dtype)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from carve.ops.state import CarveState
+from carve.ops.state import CarveState, each
 
 
 class Tokens(NamedTuple):
@@ -53,7 +53,7 @@ class Options(NamedTuple):
 
 
 def head_first(x: Tokens, options: Options) -> Tokens:
-    """`[N, T, H, ...]` to `[N, HV, T, ...]`, w to `[N, HV, T, 1]`, in the compute dtype; q and k of unit norm if asked."""
+    """`[N, T, H, ...]` to `[N, HV, T, ...]`, w to `[N, HV, T, 1]`, in the compute dtype; q, k of unit norm if asked."""
     heads = x.v.shape[2]
 
     def lay_out(y: Tensor) -> Tensor:
@@ -185,6 +185,5 @@ def recurrent_packed(
     pieces = zip(*([None] * len(lengths) if y is None else y.split(lengths.tolist(), dim=1) for y in x), strict=True)
     runs = [recurrent(Tokens(*piece), p, state.select(torch.tensor([n])), options) for n, piece in enumerate(pieces)]
     outputs, states = zip(*runs, strict=True)
-    return torch.cat(outputs, dim=1), CarveState(
-        *(None if y[0] is None else torch.cat(y) for y in zip(*states, strict=True))
-    )
+    columns = (None if column[0] is None else column for column in zip(*states, strict=True))
+    return torch.cat(outputs, dim=1), CarveState(*each(torch.cat, columns))

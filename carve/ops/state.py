@@ -1,8 +1,14 @@
 """What a sequence carries from one call to the next."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
+
+
+def each(function: Callable[[Any], Any], tensors: Iterable[Any]) -> list[Any]:
+    """`function` of every tensor, None where there is none."""
+    return [None if x is None else function(x) for x in tensors]
 
 
 class CarveState(NamedTuple):
@@ -17,11 +23,11 @@ class CarveState(NamedTuple):
         position: `[N]`, int64: tokens already seen in the current chunk, `0 <= position < chunk_size`.
     """
 
-    memory: torch.Tensor
-    content: torch.Tensor | None
-    content_sum: torch.Tensor | None
-    position: torch.Tensor
+    memory: Tensor
+    content: Tensor | None
+    content_sum: Tensor | None
+    position: Tensor
 
-    def select(self, indices: torch.Tensor) -> "CarveState":
+    def select(self, indices: Tensor) -> "CarveState":
         """The sequences at `indices` (`[M]` int64), as a state of M sequences: to reorder, repeat or drop."""
-        return CarveState(*(None if x is None else x.index_select(0, indices.to(x.device)) for x in self))
+        return CarveState(*each(lambda x: x.index_select(0, indices.to(x.device)), self))

@@ -16,7 +16,7 @@ def norm(z, content_norm):
 
 
 def one_head(q, k, v, g, e, w, p_down, p_up, p_write, state, *, content, content_norm, chunk_size, scale, top):
-    """One head of one sequence. q, k, g, e `[T, K]`, v `[T, V]`, w `[T]`; p_down `[V, R]`, p_up `[R, K]`, p_write `[R]`.
+    """One head. q, k, g, e `[T, K]`, v `[T, V]`, w `[T]`; p_down `[V, R]`, p_up `[R, K]`, p_write `[R]`.
 
     state: (memory `[K, V]`, content, content_sum, position); the content is `[R]` for "mean", `[K, R]` for "read".
     """
@@ -62,7 +62,7 @@ def oracle(
     allow_neg_eigval=False,
     initial_state=None,
 ):
-    """Arguments of `recurrent_carve` as numpy arrays; returns o and the final (memory, content, content_sum, position)."""
+    """Arguments of `recurrent_carve` as numpy arrays; returns o and the fields of the final state."""
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     scale = K**-0.5 if scale is None else scale
     if qk_l2norm:

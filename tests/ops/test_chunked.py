@@ -124,7 +124,7 @@ def test_any_decay(decay: str, chunk_size: int) -> None:
 @pytest.mark.parametrize("strong_at", [0, 3, 14, 15])
 @pytest.mark.parametrize("strong", [-30.0, -41.0, -316.0, -3e4])
 def test_a_strong_decay_costs_no_precision_behind_it(strong: float, strong_at: int) -> None:
-    """Differences of sums would: 3e4 has no digit for 1e-3 in float32. Compared is what came after, on its own scale."""
+    """Differences of sums would: beside 3e4, float32 has no digit for 1e-3."""
     arguments = Case(T=48, K=16, V=8, content=None, write="token", decay="weak").arguments(torch.float32)
     arguments["g"][:, strong_at::16] = strong
     exact = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}

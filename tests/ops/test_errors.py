@@ -1,4 +1,4 @@
-"""Bad input: a ValueError that names the argument, what it is and what was expected. Nothing is broadcast or clamped."""
+"""Bad input: a ValueError that names the argument, what it is and what was expected."""
 
 import re
 import warnings
@@ -25,8 +25,8 @@ def bounds(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 TENSORS = [
     ({"q": None}, "q is NoneType, expected a tensor"),
     ({"g": -1.0}, "g is float, expected a tensor"),
-    ({"v": ones(2, 6, 4, 4).long()}, "v has dtype torch.int64, expected one of torch.float16"),
-    ({"e": ones(2, 6, 2, 5).bool()}, "e has dtype torch.bool, expected one of"),
+    ({"v": ones(2, 6, 4, 4).long()}, "v has dtype torch.int64, expected torch.float16 or torch.bfloat16 or"),
+    ({"e": ones(2, 6, 2, 5).bool()}, "e has dtype torch.bool, expected torch.float16 or"),
     ({"k": torch.empty(2, 6, 2, 5, device="meta")}, "k is on meta, expected cpu like q"),
     ({"q": ones(2, 6, 10)}, "q has shape [2, 6, 10], expected 4 dimensions"),
     ({"v": ones(2, 6, 4, 4, 1)}, "v has shape [2, 6, 4, 4, 1], expected 4 dimensions"),
@@ -37,7 +37,10 @@ TENSORS = [
     ({"v": ones(2, 5, 4, 4)}, "v has shape [2, 5, 4, 4], expected [B, T, HV, V] = [2, 6, 4, 4]"),
     ({"k": ones(2, 6, 2, 1)}, "k has shape [2, 6, 2, 1], expected [B, T, H, K] = [2, 6, 2, 5]"),
     ({"k": ones(2, 6, 4, 5)}, "k has shape [2, 6, 4, 5], expected [B, T, H, K]"),
-    ({"g": -ones(2, 6, 2)}, "g has shape [2, 6, 2], expected [B, T, H, K] = [2, 6, 2, 5] or [B, T, HV, K] = [2, 6, 4, 5]"),
+    (
+        {"g": -ones(2, 6, 2)},
+        "g has shape [2, 6, 2], expected [B, T, H, K] = [2, 6, 2, 5] or [B, T, HV, K]",
+    ),
     ({"g": -ones(2, 6, 2, 1)}, "g has shape [2, 6, 2, 1], expected"),
     ({"e": ones(2, 6, 1, 5)}, "e has shape [2, 6, 1, 5], expected"),
     ({"w": ones(2, 6, 2)}, "w has shape [2, 6, 2], expected [B, T, HV] = [2, 6, 4]"),
@@ -45,7 +48,7 @@ TENSORS = [
 ]
 DECAYS = [
     ({"g": torch.full((2, 6, 2, 5), bad)}, f"g has values from {bad} to {bad}, expected finite log-decays <= 0")
-    for bad in (1e-6, 3.0, INF, -INF, NAN)
+    for bad in (0.5, 3.0, INF, -INF, NAN)
 ]
 PROJECTIONS = [
     ({"p_down": None}, "p_up was given without p_down"),
@@ -54,7 +57,7 @@ PROJECTIONS = [
     ({"p_down": ones(4, 3)}, "p_down has shape [4, 3], expected [HV, V, R]"),
     ({"p_down": ones(4, 5, 3)}, "p_down has shape [4, 5, 3], expected [HV, V, R] = [4, 4, 3]"),
     ({"p_down": ones(2, 4, 3)}, "p_down has shape [2, 4, 3], expected [HV, V, R] = [4, 4, 3]"),
-    ({"p_down": ones(4, 4, 0), "p_up": ones(4, 0, 5)}, "p_down has shape [4, 4, 0], expected"),
+    ({"p_down": ones(4, 4, 0), "p_up": ones(4, 0, 5), "p_write": ones(4, 0)}, "p_down has shape [4, 4, 0], expected"),
     ({"p_down": torch.tensor(1.0)}, "p_down has shape [], expected [HV, V, R]"),
     ({"p_down": 0.5}, "p_down is float, expected a tensor"),
     ({"p_up": "zero"}, "p_up is str, expected a tensor"),
@@ -62,14 +65,17 @@ PROJECTIONS = [
     ({"p_up": ones(4, 2, 5)}, "p_up has shape [4, 2, 5], expected [HV, R, K] = [4, 3, 5]"),
     ({"p_write": ones(4, 3, 1)}, "p_write has shape [4, 3, 1], expected [HV, R] = [4, 3]"),
     ({"w": None}, "p_write was given without w"),
-    ({"p_up": ones(4, 3, 5).long()}, "p_up is torch.int64"),
-    ({"p_down": torch.empty(4, 4, 3, device="meta")}, "p_down is torch.float32 on meta, expected"),
+    ({"p_up": ones(4, 3, 5).long()}, "p_up has dtype torch.int64, expected torch.float16"),
+    ({"p_down": torch.empty(4, 4, 3, device="meta")}, "p_down is on meta, expected cpu"),
 ]
 OPTIONS = [
     ({"content": "max"}, "content is 'max', expected 'mean' or 'read'"),
     ({"content": None}, "content is None, expected 'mean' or 'read' (p_down=None makes the op memory-blind)"),
     ({"content_norm": "layer"}, "content_norm is 'layer', expected None or 'rms'"),
-    *(({"chunk_size": bad}, f"chunk_size is {bad!r}, expected an integer >= 1") for bad in (0, -1, True, 1.5, "64", None)),
+    *(
+        ({"chunk_size": bad}, f"chunk_size is {bad!r}, expected an integer >= 1")
+        for bad in (0, -1, True, 1.5, "64", None)
+    ),
     *(({"scale": bad}, f"scale is {bad!r}, expected a finite number") for bad in (NAN, INF, "big", True)),
     ({"qk_l2norm": 1}, "qk_l2norm is 1, expected True or False"),
     ({"allow_neg_eigval": None}, "allow_neg_eigval is None, expected True or False"),
@@ -101,16 +107,25 @@ STATES = [
     (state(content_sum=None), "initial_state.content_sum is None, expected a tensor for content='mean'"),
     (state(position=None), "initial_state.position is NoneType, expected a tensor"),
     (state(memory=0.0), "initial_state.memory is float, expected a tensor"),
-    (state(memory=ones(2, 2, 5, 4)), "initial_state.memory has shape [2, 2, 5, 4], expected [N, HV, K, V] = [2, 4, 5, 4]"),
+    (
+        state(memory=ones(2, 2, 5, 4)),
+        "initial_state.memory has shape [2, 2, 5, 4], expected [N, HV, K, V]",
+    ),
     (state(memory=ones(3, 4, 5, 4)), "initial_state.memory has shape [3, 4, 5, 4], expected"),
     (state(memory=ones(2, 4, 4, 5)), "initial_state.memory has shape [2, 4, 4, 5], expected"),
     (state(content=ones(2, 4, 5, 3)), "initial_state.content has shape [2, 4, 5, 3], expected [N, HV, R] = [2, 4, 3]"),
     (state(content_sum=ones(2, 4, 3)), "initial_state.content_sum has shape [2, 4, 3], expected [N, HV, V]"),
-    (state(memory=ones(2, 4, 5, 4).double()), "initial_state.memory is torch.float64 on cpu, expected torch.float32"),
-    (state(content=ones(2, 4, 3).bfloat16()), "initial_state.content is torch.bfloat16 on cpu, expected torch.float32"),
+    (state(memory=ones(2, 4, 5, 4).double()), "initial_state.memory has dtype torch.float64, expected torch.float32"),
+    (state(content=ones(2, 4, 3).bfloat16()), "initial_state.content has dtype torch.bfloat16, expected torch.float32"),
     (state(position=bounds(0)), "initial_state.position has shape [1], expected [N] = [2]"),
-    (state(position=bounds(0, 1, dtype=torch.int32)), "initial_state.position has dtype torch.int32, expected torch.int64"),
-    (state(position=torch.zeros(2, dtype=torch.int64, device="meta")), "initial_state.position is on meta, expected cpu"),
+    (
+        state(position=bounds(0, 1, dtype=torch.int32)),
+        "initial_state.position has dtype torch.int32, expected",
+    ),
+    (
+        state(position=torch.zeros(2, dtype=torch.int64, device="meta")),
+        "initial_state.position is on meta",
+    ),
     (state(position=bounds(0, 4)), "initial_state.position is [0, 4], expected values from 0 to below chunk_size = 4"),
     (state(position=bounds(-1, 0)), "initial_state.position is [-1, 0], expected values from 0"),
 ]
@@ -159,7 +174,7 @@ def test_state_of_another_op(op) -> None:
     assert at_three.position.tolist() == [2, 2]
     with pytest.raises(ValueError, match="the state comes from another chunk size"):
         op(**arguments | {"initial_state": at_three, "chunk_size": 2})
-    with pytest.raises(ValueError, match=r"initial_state\.memory is torch.float32 on cpu, expected torch.float64"):
+    with pytest.raises(ValueError, match=r"initial_state\.memory has dtype torch.float32, expected torch.float64"):
         op(**arguments | {"v": arguments["v"].double(), "initial_state": at_three})
 
 
@@ -178,9 +193,9 @@ def test_gates_check_their_arguments() -> None:
 
 @pytest.mark.parametrize("op", [chunk_carve, recurrent_carve])
 def test_decay_bounds_are_allowed(op) -> None:
-    """0, -0.0 and the most negative finite number are decays; the CPU's path is the fast one, so nothing is said."""
+    """0, -0.0 and what forgets all at once are decays; the CPU's path is the fast one, so nothing is said."""
     arguments = CASE.arguments(torch.float32)
-    for g in (0.0, -0.0, -3.4e38):
+    for g in (0.0, -0.0, -1e30):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             o, _ = op(**arguments | {"g": torch.full_like(arguments["g"], g)})

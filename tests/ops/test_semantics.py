@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_packed_sequences_give_what_they_give_alone(case: Case, data: st.DataObj
     packed = arguments | {"cu_seqlens": torch.tensor(bounds, dtype=dtype)}
     for op in OPS.values():
         o, state = op(**packed, output_final_state=True)
-        for n, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for n, (start, stop) in enumerate(pairwise(bounds)):
             begin = arguments["initial_state"]
             alone = tokens(arguments, start, stop)
             alone["initial_state"] = None if begin is None else begin.select(torch.tensor([n]))
