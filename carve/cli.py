@@ -116,7 +116,8 @@ def _with_fields(command: Callable[..., None]) -> Callable[..., None]:
         "resume": Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")],
     }
     for each in dataclasses.fields(TrainConfig):
-        default = "" if each.default in (dataclasses.MISSING, None) else f"  [default: {each.default}]"
+        # Escaped: rich takes a bare [...] for markup.
+        default = "" if each.default in (dataclasses.MISSING, None) else rf"  \[default: {each.default}]"
         kind = list[str] if each.name == "model" else each.type
         options[each.name] = Annotated[kind | None, typer.Option(help=each.metadata["help"] + default)]  # type: ignore[operator]
     parameters = [

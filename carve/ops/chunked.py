@@ -172,9 +172,8 @@ def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     sums = in_block @ g
     total = sums[:, :, size - 1].clone()  # [rows, blocks, K]
     strong = (sums[:, :, 2 * size :] > MILD).any(-1)  # [rows, blocks, size]: a token's own, whatever comes behind it
-    pairs = (
-        pair_up(k, g, strong) if strong.any() else Pairs(*strong[:0, :, 0].nonzero(as_tuple=True), k[:0, 0, :, None])
-    )
+    none = strong.new_empty(0, dtype=torch.int64)
+    pairs = pair_up(k, g, strong) if strong.any() else Pairs(none, none, k[:0, 0, :, None])
     if len(pairs.row):
         sums[:, :, 2 * size :].masked_fill_(strong.unsqueeze(-1), 0)  # whose exp would overflow
     upto, behind, minus_upto = sums.exp_().split(size, dim=2)
@@ -323,8 +322,8 @@ class ChunkCarve(torch.autograd.Function):
             douts = [gather(do, segment).to(o.dtype), *each(lambda dy: dy[:rows], dstate)]  # noqa: B023
             outputs = [(y, dy) for y, dy in zip((o, *end), douts, strict=True) if y is not None and y.requires_grad]
             wanted = [y for y in leaves if y is not None]
-            ends, douts = zip(*outputs, strict=True)
-            found = iter(torch.autograd.grad(ends, wanted, douts, materialize_grads=True))
+            ends, dends = zip(*outputs, strict=True)
+            found = iter(torch.autograd.grad(ends, wanted, dends, materialize_grads=True))
             grads = each(lambda _: next(found), leaves)  # noqa: B023
             for dy, out in zip(grads[:6], dx, strict=True):
                 if out is not None:

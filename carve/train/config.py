@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,9 @@ class TrainConfig:
     out: str = _option("Folder of the run: config.yaml, metrics.jsonl, checkpoint-N, tensorboard.", "runs/train")
     cache: str | None = _option("Folder for the tokenised text, to share between runs; by default in the run's.", None)
     seq_len: int = _option("Tokens in a training sequence.", 2048)
-    batch_tokens: int = _option("Tokens in an optimizer step, over all devices.", 65536)
+    batch_tokens: int = _option(
+        "Tokens in an optimizer step, over all devices; the last of an epoch may have fewer.", 65536
+    )
     micro_batch: int = _option("Sequences that a device runs at once; the rest of the batch is accumulated.", 8)
     steps: int = _option("Optimizer steps.", 1000)
     learning_rate: float = _option("Peak learning rate of AdamW (betas 0.9 and 0.95).", 1e-3)
@@ -113,7 +116,18 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML."""
-        Path(path).write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        replace_text(Path(path), yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file under another name, and rename it when all of it lies on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -79,11 +79,13 @@ class Tokens:
         ids: `[tokens]`, uint16 or uint32, memory-mapped.
         starts: `[documents]`, int64: where each document starts.
         bytes: of UTF-8 text, the end-of-text tokens not counted.
+        fingerprint: of the text and the tokenizer.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     bytes: int
+    fingerprint: str
 
 
 def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.PathLike[str]) -> Tokens:
@@ -97,7 +99,10 @@ def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.Path
         _write_tokens(data, tokenizer, folder)
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
     return Tokens(
-        np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"), np.load(folder / "starts.npy"), about["bytes"]
+        np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"),
+        np.load(folder / "starts.npy"),
+        about["bytes"],
+        folder.name,
     )
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from carve.models import CarveConfig, CarveForCausalLM
-from carve.train.config import TrainConfig
+from carve.train.config import TrainConfig, replace_text
 from carve.train.data import split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
@@ -57,15 +57,22 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     out = Path(config.out)
     check_folder(config, out, resume)
+    args = arguments(config)
     tokenizer = load_tokenizer(config.tokenizer)
     cache = out / "data" if config.cache is None else Path(config.cache)
-    tokens = tokenise(config.data, tokenizer, cache)
+    for left in (out / "data").glob("*.partial-*") if args.process_index == 0 else ():
+        shutil.rmtree(left)  # a run was killed here
+    with args.main_process_first(local=False):  # the others find it in the cache
+        tokens = validation_tokens = tokenise(config.data, tokenizer, cache)
+        if config.validation is not None:
+            validation_tokens = tokenise(config.validation, tokenizer, cache)
+    fingerprints = {"data": tokens.fingerprint, "validation": validation_tokens.fingerprint}
+    if resume:
+        check_data(out, fingerprints)
     if config.validation is None:
         training, validation = split_rows(tokens, config.seq_len, config.validation_share)
-        validation_tokens = tokens
     else:
         training, _ = split_rows(tokens, config.seq_len, 0)
-        validation_tokens = tokenise(config.validation, tokenizer, cache)
         validation, _ = split_rows(validation_tokens, config.seq_len, 0)
 
     set_seed(config.seed)
@@ -77,8 +84,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
         model._keys_to_ignore_on_save = ["lm_head.weight"]
 
-    args, stop = arguments(config), StopOnSignal()
-    callbacks = [stop, Metrics(out, config), ShowProgress(config)]
+    stop, progress = StopOnSignal(), ShowProgress(shown=args.process_index == 0)
+    callbacks = [stop, Metrics(out), progress]
     if args.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
     bits_a_byte = len(validation_tokens.ids) / validation_tokens.bytes / math.log(2)
@@ -92,11 +99,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.bits_a_byte = bits_a_byte
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
-    config.save(out / "config.yaml")
+    if args.process_index == 0:
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
+        replace_text(out / "data.json", json.dumps(fingerprints) + "\n")
+        config.save(out / "config.yaml")
     last = get_last_checkpoint(out)
     if last != str(out / f"checkpoint-{config.steps}"):
-        with stop:
+        with stop, progress.bar:
             trainer.train(resume_from_checkpoint=last)
         last = get_last_checkpoint(out)
         assert last is not None
@@ -122,6 +131,17 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     for name, was in vars(TrainConfig.load(saved)).items():
         if name != "out" and getattr(config, name) != was:
             raise ValueError(f"{name} is {getattr(config, name)!r}, but the run in {out} has {was!r}: it cannot go on")
+
+
+def check_data(out: Path, fingerprints: dict[str, str]) -> None:
+    """See that the text is still that of the run.
+
+    Raises:
+        ValueError: the text or the tokenizer has changed since the run began; the message names the field.
+    """
+    for name, was in json.loads((out / "data.json").read_text(encoding="utf-8")).items():
+        if fingerprints[name] != was:
+            raise ValueError(f"{name} has changed, in text or tokenizer, since the run in {out} began: it cannot go on")
 
 
 def arguments(config: TrainConfig) -> TrainingArguments:
@@ -151,6 +171,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         save_total_limit=config.keep,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
         report_to=[],
         disable_tqdm=True,
         prediction_loss_only=True,
@@ -240,6 +261,10 @@ class StopOnSignal(TrainerCallback):
         self.__exit__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        if args.world_size > 1:  # all stop at one step: saving waits for every process
+            received = torch.tensor(self.number or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.number = int(received) or None
         if self.number is not None:
             control.should_save = control.should_training_stop = True
         return control
@@ -248,26 +273,24 @@ class StopOnSignal(TrainerCallback):
 class Metrics(TrainerCallback):
     """metrics.jsonl: a line for what the trainer logs; lines behind the checkpoint that a run goes on from are cut."""
 
-    def __init__(self, out: Path, config: TrainConfig) -> None:
-        self.path, self.batch_tokens = out / "metrics.jsonl", config.batch_tokens
+    def __init__(self, out: Path) -> None:
+        self.path = out / "metrics.jsonl"
         self.last: tuple[float, int] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.last = (time.monotonic(), state.global_step)
+        self.last = (time.monotonic(), state.num_input_tokens_seen)
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self.path)
+            replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        line = {"step": state.global_step, "tokens": state.global_step * self.batch_tokens}
+        line = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
         if "loss" in logs and self.last is not None:
-            (then, step), self.last = self.last, (time.monotonic(), state.global_step)
-            speed = (state.global_step - step) * self.batch_tokens / (self.last[0] - then)
+            (then, tokens), self.last = self.last, (time.monotonic(), state.num_input_tokens_seen)
+            speed = (self.last[1] - tokens) / (self.last[0] - then)
             line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
             line |= {"tokens_per_second": round(speed, 1)}
         elif "eval_loss" in logs:
@@ -281,8 +304,8 @@ class Metrics(TrainerCallback):
 class ShowProgress(TrainerCallback):
     """A bar with loss, speed and time left; where there is no terminal, a line at each log."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.console = config, Console(stderr=True)
+    def __init__(self, shown: bool) -> None:
+        self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -290,15 +313,14 @@ class ShowProgress(TrainerCallback):
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (shown and self.console.is_terminal),
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.begin, self.first = time.monotonic(), state.global_step
+        self.begin, self.first = time.monotonic(), state.num_input_tokens_seen
         self.loss = ""
         if state.is_world_process_zero:
             self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
-            self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -321,9 +343,6 @@ class ShowProgress(TrainerCallback):
                 f"{logs['eval_bits_per_byte']:.4f} bits per byte"
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.stop()
-
     def speed(self, state: Any) -> float:
         """Tokens a second since training began or was taken up again."""
-        return (state.global_step - self.first) * self.config.batch_tokens / (time.monotonic() - self.begin)
+        return (state.num_input_tokens_seen - self.first) / (time.monotonic() - self.begin)

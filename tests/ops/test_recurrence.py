@@ -52,7 +52,7 @@ def test_gradients_of_the_recurrence_are_numeric_ones(content: str, norm: str | 
 
 
 def gdn2_loop(q, k, v, g, erase, write):
-    """Gated DeltaNet-2: an erase gate a key channel, a write gate a value channel; q, erase `[T, K]`, write `[T, V]`."""
+    """Gated DeltaNet-2: an erase gate a key channel, a write gate a value channel; erase `[T, K]`, write `[T, V]`."""
     S, outputs = torch.zeros(q.shape[1], v.shape[1], dtype=q.dtype), []
     for t in range(len(q)):
         S = g[t].exp()[:, None] * S

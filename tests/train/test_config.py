@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from carve.cli import app
 from carve.models import CarveConfig
 from carve.train import TrainConfig
 from carve.train.config import PRESETS
@@ -38,8 +40,13 @@ def test_overrides_win_and_merge_the_model(tmp_path):
     assert config.model == {"hidden_size": 64, "chunk_size": 32}
 
 
-def test_every_field_has_help():
-    assert all(field.metadata["help"] for field in dataclasses.fields(TrainConfig))
+def test_help_has_a_flag_a_line_and_a_default_for_every_field():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "250", "TERM": "dumb"}, color=False).output
+    for field in dataclasses.fields(TrainConfig):
+        line = next(line for line in shown.splitlines() if f"--{field.name.replace('_', '-')} " in line)
+        assert field.metadata["help"] in line
+        if field.default not in (dataclasses.MISSING, None):
+            assert f"[default: {field.default}]" in line
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def assert_same_run(out, whole):
 
 def test_what_a_run_writes(whole):
     assert sorted(path.name for path in whole.iterdir()) == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-6", "config.yaml", "data", "metrics.jsonl", "tensorboard",
+        "checkpoint-2", "checkpoint-4", "checkpoint-6",
+        "config.yaml", "data", "data.json", "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]

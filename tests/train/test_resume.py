@@ -1,0 +1,129 @@
+"""Resuming over the end of an epoch, with changed data, after a failure on a terminal, and with several processes."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import carve.train.run as run
+from carve.train import TrainConfig, train
+
+ROWS = 12  # 11 to train on: an epoch is 3 steps of 4, 4 and 3 sequences
+
+# Only process 0 is asked to stop, while the second step runs. Arguments: configuration, run folder.
+ONE_IS_ASKED = """
+import os, signal, sys
+import carve.train.run as run
+from carve.train import TrainConfig, train
+
+class Ask(run.ShowProgress):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 1 and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+run.ShowProgress = Ask
+try:
+    train(TrainConfig.load(sys.argv[1], {"out": sys.argv[2]}))
+except run.Interrupted as interruption:
+    print(interruption)
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(("all that is gold does not glitter " * 20)[: 32 * ROWS - 1])
+    TrainConfig(
+        data=str(folder / "text.txt"), seq_len=32, batch_tokens=128, micro_batch=2, steps=7, warmup_steps=2,
+        eval_every=0, save_every=1, log_every=1, keep=9, validation_share=0.08,
+        model={"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 8, "intermediate_size": 16},
+    ).save(folder / "config.yaml")  # fmt: skip
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(TrainConfig.load(config_file, {"out": str(out)}))
+    return out
+
+
+def cut(whole, out, step):
+    """The run as it was when `step` had been saved."""
+    shutil.copytree(whole, out)
+    for later in range(step + 1, 8):
+        shutil.rmtree(out / f"checkpoint-{later}")
+    return out
+
+
+def test_tokens_are_counted_where_an_epoch_ends(whole):
+    tokens = [json.loads(line)["tokens"] for line in (whole / "metrics.jsonl").open()]
+    assert tokens[:7] == [32 * sequences for sequences in (4, 8, 11, 15, 19, 22, 26)]
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])  # within the first epoch, at its end, within the second
+def test_resumed_in_any_epoch_gives_the_same_bits(step, whole, config_file, tmp_path):
+    out = cut(whole, tmp_path / "run", step)
+    last = train(TrainConfig.load(config_file, {"out": str(out)}), resume=True)
+    expected = load_file(whole / "checkpoint-7" / "model.safetensors")
+    for name, found in load_file(last / "model.safetensors").items():
+        assert torch.equal(found, expected[name]), name
+    lines, wanted = ([json.loads(line) for line in (x / "metrics.jsonl").open()] for x in (out, whole))
+    for line in (*lines, *wanted):
+        line.pop("tokens_per_second")
+    assert lines == wanted
+
+
+def test_changed_data_is_not_resumed(whole, config_file, tmp_path):
+    out = cut(whole, tmp_path / "run", 2)
+    text = tmp_path / "text.txt"
+    text.write_text("not all those who wander are lost " * 20)
+    config = TrainConfig.load(config_file, {"out": str(out), "data": str(text)})
+    config.save(out / "config.yaml")  # as if the file itself had changed
+    with pytest.raises(ValueError, match=r"data has changed"):
+        train(config, resume=True)
+
+
+def test_a_failure_gives_the_terminal_back(config_file, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    screen = io.StringIO()
+    monkeypatch.setattr(run, "Console", lambda **_: Console(file=screen, force_terminal=True))
+    monkeypatch.setattr(run.CarveTrainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
+    hidden, shown = screen.getvalue().count("\x1b[?25l"), screen.getvalue().count("\x1b[?25h")
+    assert 0 < hidden <= shown
+
+
+def test_what_a_kill_left_while_tokenising_goes(config_file, tmp_path):
+    left = tmp_path / "run" / "data" / "abc.partial-1"
+    left.mkdir(parents=True)
+    train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3}))
+    assert not left.exists()
+
+
+def test_processes_stop_together(config_file, tmp_path):
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    with subprocess.Popen(
+        [*launch, sys.executable, "-c", ONE_IS_ASKED, config_file, out],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as launcher:  # fmt: skip
+        try:
+            printed, errors = launcher.communicate(timeout=120)
+        finally:
+            launcher.terminate()  # it ends the processes that it started
+    assert launcher.returncode == 0, errors
+    assert (out / "checkpoint-2" / "model.safetensors").exists()
+    assert not (out / "checkpoint-3").exists()
+    assert f"carve train --resume {out}" in printed
+    assert len(list((out / "data").iterdir())) == 1
