@@ -10,6 +10,7 @@ Two threads, float32. Rivals take turns within a run; figures are medians.
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -131,9 +132,11 @@ def speed() -> dict:
 def length() -> dict:
     """Cost of a token, forward and backward, against T."""
     inputs = {T: arguments(T) for T in (2048, 4096, 8192, 16384, 32768)}
-    times = take_turns(
-        {str(T): (lambda x=x: forward_backward(chunk_carve, x), max(5, 65536 // T)) for T, x in inputs.items()}
-    )
+    times: dict[str, list[float]] = {str(T): [] for T in inputs}
+    forward_backward(chunk_carve, inputs[2048])  # warm-up
+    for _ in range(5):  # in each round every length gets the same time, whatever else the machine does
+        for T, x in inputs.items():
+            times[str(T)] += [seconds(lambda: forward_backward(chunk_carve, x)) for _ in range(32768 // T)]  # noqa: B023
     micros = {T: statistics.median(runs) / int(T) * 1e6 for T, runs in times.items()}
     relative = {T: cost / micros["2048"] for T, cost in micros.items()}
     for T in micros:
@@ -142,7 +145,8 @@ def length() -> dict:
     axes.plot([int(T) for T in micros], list(micros.values()), "o-", label="chunk_carve, forward + backward")
     axes.axhline(1.2 * micros["2048"], ls="--", color="C7", label="1.2 times T = 2048")
     axes.set(xscale="log", xlabel="T", ylabel="microseconds a token", ylim=(0, 1.5 * max(micros.values())))
-    axes.set_xticks([int(T) for T in micros], list(micros), minor=False)
+    axes.minorticks_off()
+    axes.set_xticks([int(T) for T in micros], list(micros))
     axes.legend()
     figure.savefig(RESULTS / "cpu_op_length.png", dpi=150, bbox_inches="tight")
     return {"seconds": times, "us_a_token": micros, "relative_to_2048": relative}
@@ -164,7 +168,9 @@ def peak_of(run: Callable[[], object]) -> int:
 
 def in_subprocess(*words: str) -> dict:
     """This script's measurement of that name in a process of its own, where nothing else has allocated."""
-    done = subprocess.run([sys.executable, __file__, "--measure", *words], capture_output=True, text=True, check=True)
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # glibc gives back what is freed
+    command = [sys.executable, __file__, "--measure", *words]
+    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -194,7 +200,8 @@ def memory() -> dict:
     axes.plot([int(T) for T in ratios], list(ratios.values()), "o-", label="peak resident memory beyond the inputs")
     axes.axhline(6, ls="--", color="C7", label="aim: at most 6")
     axes.set(xscale="log", xlabel="T", ylabel="times the inputs' bytes", ylim=(0, 1.2 * max(6, *ratios.values())))
-    axes.set_xticks([int(T) for T in ratios], list(ratios), minor=False)
+    axes.minorticks_off()
+    axes.set_xticks([int(T) for T in ratios], list(ratios))
     axes.legend()
     figure.savefig(RESULTS / "cpu_op_memory.png", dpi=150, bbox_inches="tight")
     return {"bytes": found, "times_inputs": ratios}
@@ -226,8 +233,9 @@ def decode() -> dict:
         def step_model(name: str) -> None:
             caches[name] = model(token, past_key_values=caches[name], use_cache=True).past_key_values
 
-        runs = {f"op {name}": (lambda name=name: step_op(name), 2000) for name in positions}
-        times = take_turns(runs | {f"model {name}": (lambda name=name: step_model(name), 2000) for name in positions})
+        # one after the other: a model's step would leave the op's, if it came next, with cold caches
+        times = take_turns({f"op {name}": (lambda name=name: step_op(name), 3000) for name in positions})
+        times |= take_turns({f"model {name}": (lambda name=name: step_model(name), 1000) for name in positions})
     micros = {name: statistics.median(runs) * 1e6 for name, runs in times.items()}
     ratios = {what: micros[f"{what} 64k"] / micros[f"{what} 1k"] for what in ("op", "model")}
     for what, ratio in ratios.items():
