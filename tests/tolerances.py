@@ -14,6 +14,9 @@ TOLERANCES: dict[str, tuple[float, str]] = {
     "op_float32_gradient": (1e-3, "as op_float32, through the forward and the backward"),
     "op_bfloat16": (2**-8, "o is rounded once to bfloat16: half a unit in the last place is 2^-9 of the value"),
     "op_float16": (2**-10, "o is rounded once to float16: half a unit in the last place is 2^-11, and float32 inside"),
+    # -- the op's kernels: norm of the error over the norm, see `tests/ops/test_cuda.py` --
+    "op_kernel": (6e-3, "bfloat16 operands (2^-9 each) in float32 sums, and o rounded to 16 bits"),
+    "op_kernel_gradient": (1.2e-2, "as op_kernel, through the forward run again and the backward"),
     "op_content_effect": (0.05, "the content term must move the outputs by this much, or a test of it shows nothing"),
     # -- the layer and the model: largest error relative to the largest value, see `tests/models/tiny.py` --
     "model_float64": (1e-10, "float64 rounding through up to 6 layers; a leak or a lost token is off by 1e-3 or more"),

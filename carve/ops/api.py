@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from carve.ops.chunked import chunked
+from carve.ops.kernels.cuda import fused, why_not
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
 from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "cuda")
 
 
 class CarveGates(NamedTuple):
@@ -76,7 +77,8 @@ def chunk_carve(
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` int32 or int64, for N sequences packed into B = 1: sequence n is tokens
             cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T.
-        backend: `"auto"` or `"torch"`.
+        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"torch"`, or
+            `"auto"` for the faster one that serves the inputs; it warns where that is torch on a GPU.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state or None.
@@ -90,7 +92,9 @@ def chunk_carve(
     lengths = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     state = check_state(initial_state, tokens, p, options, len(lengths))
-    check_backend(backend, v.device)
+    if choose_backend(backend, tokens, p, options) == "cuda":
+        begin = None if initial_state is None else state
+        return fused(tokens, cast(p, options), begin, options, cu_seqlens, output_final_state)
     o, state = chunked(tokens, cast(p, options), state, options, lengths)
     return o, state if output_final_state else None
 
@@ -123,7 +127,9 @@ def recurrent_carve(
     lengths = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     state = check_state(initial_state, tokens, p, options, len(lengths))
-    check_backend(backend, v.device)
+    if choose_backend(backend, tokens, p, options) == "cuda":
+        begin = None if initial_state is None else state
+        return fused(tokens, cast(p, options), begin, options, cu_seqlens, output_final_state)
     with torch.autocast(v.device.type, enabled=False):
         if cu_seqlens is None:
             o, state = recurrent(tokens, cast(p, options), state, options)
@@ -315,13 +321,20 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
     return state
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raise on a backend that does not exist; say once that there is no fast one for the device."""
+def choose_backend(backend: str, x: Tokens, p: Projections, options: Options) -> str:
+    """The path to take; raises unless the one named serves the inputs, warns where "auto" lands on a slow one."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "auto" and device.type != "cpu":
-        warnings.warn(
-            f"carve: no fused kernel for {device.type} in this version, so the op runs in plain torch, "
-            "which is slow there; pass backend='torch' to choose it without this warning",
-            stacklevel=3,
-        )
+    if backend == "torch" or (backend == "auto" and x.v.device.type == "cpu"):
+        return "torch"
+    reason = why_not(x, p, options)
+    if reason is None:
+        return "cuda"
+    if backend == "cuda":
+        raise ValueError(f"backend is 'cuda', but {reason}")
+    warnings.warn(
+        f"carve: the op runs in plain torch on {x.v.device}, which is slow there, because {reason}; "
+        "pass backend='torch' to choose it without this warning",
+        stacklevel=3,
+    )
+    return "torch"
