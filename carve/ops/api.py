@@ -1,19 +1,31 @@
-"""The public op: checks and the choice of a backend. No arithmetic here."""
+"""The public op: checks and the choice of a backend. No arithmetic here.
 
+`torch.compile` traces all of it but the plain torch path, which it leaves alone. So checks look at shapes, dtypes and
+devices only, and those of values stand apart.
+"""
+
+import functools
+import importlib
+import os
 import warnings
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from carve.ops.chunked import chunked
-from carve.ops.kernels.cuda import fused, why_not
+from carve.ops.kernels import cuda
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
 from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS = ("auto", "torch", "cuda")
+BACKENDS = ("auto", "torch", "triton", "cuda")
+PATHS: dict[str, Any] = {"cuda": cuda}  # faster than plain torch, the fastest first
+if importlib.util.find_spec("carve.ops.kernels.portable"):
+    PATHS["triton"] = importlib.import_module("carve.ops.kernels.portable")
 
 
 class CarveGates(NamedTuple):
@@ -31,7 +43,6 @@ class CarveGates(NamedTuple):
     a_blind: Tensor | None
 
 
-@torch.compiler.disable
 def chunk_carve(
     q: Tensor,
     k: Tensor,
@@ -76,30 +87,65 @@ def chunk_carve(
         initial_state: the state before the first token, from a call with the same shapes and options.
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` int32 or int64, for N sequences packed into B = 1: sequence n is tokens
-            cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T.
-        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"torch"`, or
-            `"auto"` for the faster one that serves the inputs; it warns where that is torch on a GPU.
+            cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T. One on a GPU is read once,
+            which waits for the GPU, or never where nothing can be read (`torch.compile`, capture of a CUDA graph):
+            there boundaries that do not fit end the process with an assertion on the device.
+        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"triton"` for
+            portable ones, `"torch"`, or `"auto"` for the fastest of the three that serves the inputs. On a GPU
+            "auto" warns, once a reason, where that is not the first; the environment variable CARVE_STRICT=1 makes
+            it an error.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state or None.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, what it is and what was expected.
+        ValueError: an argument does not fit, or the backend named does not serve the inputs; the message names it,
+            what it is and what was expected.
+        RuntimeError: the kernels of the backend named could not be compiled; the message holds the compiler's log.
+        NotImplementedError: a second or forward-mode derivative of kernels was asked for.
+
+    For a CUDA graph, run once before the capture: kernels are compiled and loaded at first use.
 
     Source: arXiv 2606.27229; the recurrence is in `carve/ops/recurrence.py`.
     """
     tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
-    lengths = check_tokens(tokens, cu_seqlens)
+    N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
-    state = check_state(initial_state, tokens, p, options, len(lengths))
-    if choose_backend(backend, tokens, p, options) == "cuda":
-        begin = None if initial_state is None else state
-        return fused(tokens, cast(p, options), begin, options, cu_seqlens, output_final_state)
-    o, state = chunked(tokens, cast(p, options), state, options, lengths)
+    check_state(initial_state, tokens, p, options, N)
+    path = choose_backend(backend, tokens, p, options, initial_state)
+    if path != "torch":
+        return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
+    o, state = chunk_in_torch(tokens, p, initial_state, options, cu_seqlens)
     return o, state if output_final_state else None
 
 
+def run_kernels(
+    path: str,
+    x: Tokens,
+    p: Projections,
+    state: CarveState | None,
+    options: Options,
+    cu_seqlens: Tensor | None,
+    final: bool,
+) -> tuple[Tensor, CarveState | None]:
+    """`chunk_carve` by one of `PATHS`."""
+    if not torch.compiler.is_compiling() and any(
+        y is not None and unpack_dual(y).tangent is not None for y in (*x, *p, *(state or ()))
+    ):
+        raise NotImplementedError(f"backend {path!r} has no forward-mode derivative (jvp), expected reverse mode")
+    return PATHS[path].fused(x, cast(p, options), state, options, cu_seqlens, final)
+
+
 @torch.compiler.disable
+def chunk_in_torch(
+    x: Tokens, p: Projections, state: CarveState | None, options: Options, cu_seqlens: Tensor | None
+) -> tuple[Tensor, CarveState]:
+    """`chunk_carve` by the plain torch path."""
+    lengths = find_lengths(x, cu_seqlens)
+    state = check_values(x, p, state, options, len(lengths))
+    return chunked(x, cast(p, options), state, options, lengths)
+
+
 def recurrent_carve(
     q: Tensor,
     k: Tensor,
@@ -124,18 +170,29 @@ def recurrent_carve(
 ) -> tuple[Tensor, CarveState | None]:
     """CARVE token by token: the definition, and the decode step. Arguments and results as in `chunk_carve`."""
     tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
-    lengths = check_tokens(tokens, cu_seqlens)
+    N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
-    state = check_state(initial_state, tokens, p, options, len(lengths))
-    if choose_backend(backend, tokens, p, options) == "cuda":
-        begin = None if initial_state is None else state
-        return fused(tokens, cast(p, options), begin, options, cu_seqlens, output_final_state)
-    with torch.autocast(v.device.type, enabled=False):
+    check_state(initial_state, tokens, p, options, N)
+    path = choose_backend(backend, tokens, p, options, initial_state)
+    if path != "torch":
+        return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
+    o, state = recur_in_torch(tokens, p, initial_state, options, cu_seqlens)
+    return o, state if output_final_state else None
+
+
+@torch.compiler.disable
+def recur_in_torch(
+    x: Tokens, p: Projections, state: CarveState | None, options: Options, cu_seqlens: Tensor | None
+) -> tuple[Tensor, CarveState]:
+    """`recurrent_carve` by the plain torch path."""
+    lengths = find_lengths(x, cu_seqlens)
+    state = check_values(x, p, state, options, len(lengths))
+    with torch.autocast(x.v.device.type, enabled=False):
         if cu_seqlens is None:
-            o, state = recurrent(tokens, cast(p, options), state, options)
+            o, state = recurrent(x, cast(p, options), state, options)
         else:
-            o, state = recurrent_packed(tokens, cast(p, options), state, options, lengths)
-    return o.to(v.dtype), state if output_final_state else None
+            o, state = recurrent_packed(x, cast(p, options), state, options, lengths)
+    return o.to(x.v.dtype), state
 
 
 def carve_gates(
@@ -158,11 +215,12 @@ def carve_gates(
 ) -> CarveGates:
     """The gates that `recurrent_carve` applies to each token, for inspection. Arguments as in `chunk_carve`."""
     tokens, p = Tokens(q, k, v, g, e, w), Projections(p_down, p_up, p_write)
-    lengths = check_tokens(tokens, None)
+    N = check_tokens(tokens, None)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
+    state = check_values(tokens, p, None, options, N)
     trace: list[CarveGates] = []
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
-        recurrent(tokens, cast(p, options), check_state(None, tokens, p, options, len(lengths)), options, trace)
+        recurrent(tokens, cast(p, options), state, options, trace)
     columns = (None if column[0] is None else column for column in zip(*trace, strict=True))
     b, a, b_blind, a_blind = each(lambda x: torch.cat(x, 2).transpose(1, 2), columns)
     return CarveGates(b, None if a is None else a.squeeze(-1), b_blind, None if a is None else a_blind.squeeze(-1))
@@ -174,7 +232,7 @@ def cast(p: Projections, options: Options) -> Projections:
 
 def expect(name: str, x: Tensor, expected: dict[str, tuple[int, ...]]) -> None:
     """Raise unless the shape of x is one of those expected (by their symbolic names)."""
-    if tuple(x.shape) not in expected.values():
+    if all(x.shape != shape for shape in expected.values()):
         wanted = " or ".join(f"{symbols} = {list(shape)}" for symbols, shape in expected.items())
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
 
@@ -189,9 +247,9 @@ def check_tensor(name: str, x: object, device: torch.device, dtypes: tuple[torch
         raise ValueError(f"{name} is on {x.device}, expected {device} like q")
 
 
-def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
-    """Raise unless the inputs fit each other; returns the lengths of the N sequences, int64, on the CPU."""
-    for name, y in x._asdict().items():
+def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> int:
+    """Raise unless the inputs fit each other; returns N, the number of sequences."""
+    for name, y in zip(Tokens._fields, x, strict=True):
         if y is None and name == "w":
             continue
         check_tensor(name, y, x.q.device if isinstance(x.q, Tensor) else torch.device("cpu"))
@@ -201,7 +259,7 @@ def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
             raise ValueError(f"{name} has shape {list(y.shape)}, expected 4 dimensions: [B, T, heads, head dim]")
     B, T, H, K = x.q.shape
     HV, V = x.v.shape[2:]
-    if min(H, K, HV, V) < 1:
+    if H < 1 or K < 1 or HV < 1 or V < 1:
         raise ValueError(f"q has shape {list(x.q.shape)} and v {list(x.v.shape)}, expected H, K, HV, V of at least 1")
     if HV % H:
         raise ValueError(f"v has HV = {HV} heads, expected a multiple of q's H = {H}")
@@ -211,17 +269,19 @@ def check_tokens(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
         expect(name, getattr(x, name), {"[B, T, H, K]": (B, T, H, K), "[B, T, HV, K]": (B, T, HV, K)})
     if x.w is not None:
         expect("w", x.w, {"[B, T, HV]": (B, T, HV)})
-    if x.g.device.type == "cpu" and x.g.numel():
-        low, high = (float(y) for y in x.g.detach().aminmax())
-        if not (low > -float("inf") and high <= 0):
-            raise ValueError(f"g has values from {low} to {high}, expected finite log-decays <= 0")
-    if cu_seqlens is None:
-        return torch.full((B,), T)
-    return check_cu_seqlens(cu_seqlens, B, T).diff()
+    return B if cu_seqlens is None else len(check_cu_seqlens(cu_seqlens, B, T)) - 1
+
+
+BOUNDS: Any = WeakTensorKeyDictionary()  # of each cu_seqlens on a GPU that was read: its version, and its values
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
-    """Raise unless these are boundaries of sequences packed into one row of T tokens; returns them on the CPU."""
+    """Raise unless these are boundaries of sequences packed into one row of T tokens; returns them in int64.
+
+    Reading a tensor on a GPU waits for the GPU, so it is read once, and again only when it was changed in place. The
+    values are returned on the CPU, but where they cannot be read (`torch.compile`, capture of a CUDA graph) on their
+    own device: there the check runs with the rest, and boundaries that do not fit end the process.
+    """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens is {found}, expected an int32 or int64 tensor")
@@ -229,11 +289,33 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N + 1] with N >= 1")
     if B != 1:
         raise ValueError(f"cu_seqlens needs packed sequences with B = 1, but q has B = {B}")
-    bounds = cu_seqlens.detach().cpu().long()
+    if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        bounds = cu_seqlens.detach().long()
+        fits = (bounds[0] == 0) & (bounds[-1] == T) & (bounds.diff() >= 0).all()
+        torch._assert_async(fits, "cu_seqlens must start at 0, never decrease and end at T")
+        return bounds
+    bounds = read_bounds(cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != T or (bounds.diff() < 0).any():
         shown = bounds.tolist() if len(bounds) <= 10 else [*bounds[:5].tolist(), "...", *bounds[-3:].tolist()]
         raise ValueError(f"cu_seqlens is {shown}, expected to start at 0, never decrease and end at T = {T}")
     return bounds
+
+
+def read_bounds(cu_seqlens: Tensor) -> Tensor:
+    """Its values in int64, on the CPU."""
+    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():  # which does not say when it is changed
+        return cu_seqlens.detach().cpu().long()
+    version, bounds = BOUNDS.get(cu_seqlens, (None, None))
+    if version != cu_seqlens._version:
+        bounds = cu_seqlens.detach().cpu().long()
+        BOUNDS[cu_seqlens] = (cu_seqlens._version, bounds)
+    return bounds
+
+
+def find_lengths(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
+    """Lengths of the N sequences, `[N]` int64, on the CPU."""
+    B, T = x.v.shape[:2]
+    return torch.full((B,), T) if cu_seqlens is None else read_bounds(cu_seqlens).diff()
 
 
 def check_options(
@@ -283,11 +365,11 @@ def check_options(
     return Options(None if blind else content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval, dtype)
 
 
-def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Options, N: int) -> CarveState:
-    """Raise unless the state fits; a new one, all zeros, for None."""
+def state_shapes(x: Tokens, p: Projections, options: Options, N: int) -> dict[str, tuple[str, tuple[int, ...]] | None]:
+    """Shapes of a state's memory, content and content_sum, in symbols and in numbers; None where there is none."""
     K, (HV, V) = x.q.shape[3], x.v.shape[2:]
     R = 0 if p.down is None else p.down.shape[2]
-    shapes = {
+    return {
         "memory": ("[N, HV, K, V]", (N, HV, K, V)),
         "content": {
             None: None,
@@ -296,12 +378,15 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
         }[options.content],
         "content_sum": ("[N, HV, V]", (N, HV, V)) if options.content == "mean" else None,
     }
+
+
+def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Options, N: int) -> None:
+    """Raise unless the state fits the inputs."""
     if state is None:
-        memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes.values())
-        return CarveState(memory, content, content_sum, torch.zeros(N, dtype=torch.int64, device=x.v.device))
+        return
     if not isinstance(state, CarveState):
         raise ValueError(f"initial_state is {type(state).__name__}, expected a CarveState")
-    for name, shape in shapes.items():
+    for name, shape in state_shapes(x, p, options, N).items():
         y = getattr(state, name)
         if (y is None) != (shape is None):
             found, wanted = ("None", "a tensor") if y is None else ("a tensor", "None")
@@ -312,6 +397,18 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
             expect(f"initial_state.{name}", y, dict([shape]))
     check_tensor("initial_state.position", state.position, x.v.device, (torch.int64,))
     expect("initial_state.position", state.position, {"[N]": (N,)})
+
+
+def check_values(x: Tokens, p: Projections, state: CarveState | None, options: Options, N: int) -> CarveState:
+    """Raise where values on a CPU are out of range; returns the state, a new one, all zeros, for None."""
+    if x.g.device.type == "cpu" and x.g.numel():
+        low, high = (float(y) for y in x.g.detach().aminmax())
+        if not (low > -float("inf") and high <= 0):
+            raise ValueError(f"g has values from {low} to {high}, expected finite log-decays <= 0")
+    if state is None:
+        shapes = state_shapes(x, p, options, N).values()
+        memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes)
+        return CarveState(memory, content, content_sum, torch.zeros(N, dtype=torch.int64, device=x.v.device))
     at = state.position
     if at.device.type == "cpu" and not ((at >= 0) & (at < options.chunk_size)).all():
         raise ValueError(
@@ -321,20 +418,47 @@ def check_state(state: CarveState | None, x: Tokens, p: Projections, options: Op
     return state
 
 
-def choose_backend(backend: str, x: Tokens, p: Projections, options: Options) -> str:
-    """The path to take; raises unless the one named serves the inputs, warns where "auto" lands on a slow one."""
+# -- the choice of a backend --
+
+
+def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str:
+    """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes a slower one."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch" or (backend == "auto" and x.v.device.type == "cpu"):
         return "torch"
-    reason = why_not(x, p, options)
-    if reason is None:
-        return "cuda"
-    if backend == "cuda":
-        raise ValueError(f"backend is 'cuda', but {reason}")
-    warnings.warn(
-        f"carve: the op runs in plain torch on {x.v.device}, which is slow there, because {reason}; "
-        "pass backend='torch' to choose it without this warning",
-        stacklevel=3,
-    )
-    return "torch"
+    if backend != "auto":
+        reason = PATHS[backend].why_not(x, p, options)
+        if reason is not None:
+            raise ValueError(f"backend is {backend!r}, but {reason}")
+        reason = PATHS[backend].build(x, p, options, state)
+        if reason is not None:
+            raise RuntimeError(f"backend is {backend!r}, but {reason}")
+        return backend
+    refused: list[str] = []
+    for name, path in PATHS.items():
+        reason = path.why_not(x, p, options) or path.build(x, p, options, state)
+        if reason is None:
+            break
+        refused.append(f"{name!r} does not serve it: {reason}")
+    else:
+        name = "torch"
+    if refused:
+        fall_back(name, str(x.v.device), "; ".join(refused))
+    return name
+
+
+@torch.compiler.assume_constant_result  # so that it is run while torch.compile traces
+def fall_back(name: str, device: str, refused: str) -> None:
+    """Say that "auto" lands on a slower path; with CARVE_STRICT=1 in the environment, raise."""
+    how = "in plain torch, which is slow there" if name == "torch" else f"on {name!r}, which is not the fastest"
+    message = f"on {device} the op runs {how}, because {refused}"
+    if os.environ.get("CARVE_STRICT", "") not in ("", "0"):
+        raise ValueError(f"{message}; CARVE_STRICT forbids it, pass backend={name!r} to choose it")
+    warn_once(f"carve: {message}; pass backend={name!r} to choose it without this warning")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn, once a message in a process: Python's own record is by place, and some settings leave it out."""
+    warnings.warn(message, stacklevel=5)

@@ -1,14 +1,15 @@
-"""The chunk form in two fused CUDA kernels, as torch operators `carve::forward` and `carve::backward`.
+"""The chunk form in three fused CUDA kernels, as torch operators `carve::forward` and `carve::backward`.
 
-The backward runs the forward again, tile by tile, from states that the forward saved every 32 tokens in bf16. It
-adds nothing up across programs: what several programs contribute to (projections; keys shared by value heads) is
-written apart and summed afterwards, always in the same order.
+The forward saves the state every 64 tokens and v_new, in bf16. The backward takes the gradient of the state from the last
+tile to the first (`reverse.cu`), then every tile on its own (`gradients.cu`). It adds nothing up across programs: what
+several programs contribute to (projections; keys shared by value heads) is written apart and summed afterwards, always
+in the same order.
 """
 
 import ctypes
 import functools
-import importlib.util
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, List, NamedTuple  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from carve.ops.state import CarveState, each
 
 SIZES = (64, 128)  # of K and V
 RANK = 16  # largest R; the kernels pad to it
-SAVE = 32  # tokens between two saved states, also the backward's tile
+LONGEST = 2**20  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
+SAVE = 64  # tokens between two saved states, also the backward's tile
 INPUTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16"}
+Tensors = List[Tensor]  # noqa: UP006 (PyTorch 2.6 knows no other name of it in an operator)
 CONTENTS = {"blind": 0, "mean": 1, "read": 2}
 
 
@@ -29,25 +32,45 @@ CONTENTS = {"blind": 0, "mean": 1, "read": 2}
 
 def shared_bytes(name: str, K: int, V: int, tile: int, content: str) -> int:
     """Shared memory of a program; the kernels check that it is enough."""
-    blocks, warps = tile // 16, V // 16
-    projections = {"blind": 0, "mean": 64 * (V + K), "read": 32 * (V + 2 * K)}[content]
-    small = 4 * (4 * RANK + K + tile) + 128 * tile + 4 * blocks * K + 4 * tile + 64 + 4 * V + projections
-    alignment = 3 * 256
+    wide = {"blind": 0, "mean": 64 * (V + K), "read": 32 * (V + 2 * K)}[content]  # projections and Z
+    narrow = wide if content == "read" else 0
+    small = 4 * (4 * RANK + K + tile) + tile // 4 * K + 8 * tile + 64 + 3 * 256
     if name == "forward":
-        return 2 * (tile * (10 * K + 2 * V) + 4 * tile) + small + alignment
-    rows = tile * (18 * K + 6 * V) + 16 * (2 * V + 2 * K)
-    return rows + 4 * V * K + small + 4 * tile + 2048 + 64 * warps + 64 + 8 * RANK + 4 * (K + 16) + alignment
+        warps, blocks = V // 16, tile // 16
+        slot = -(-(164 * K + 32 * V + 580) // 256) * 256  # of a block of 16 tokens
+        seen = {"blind": 0, "mean": 64 * (V + K) + 64 * warps, "read": 32 * V + 64 * K}[content]
+        shares = 1024 * blocks * max(1, min(warps // blocks, K // 32) - 1)
+        return 2 * blocks * (slot + 16) + 32 * tile + 4 * K + 64 + 256 + seen + shares
+    if name == "reverse":
+        content_rows = 64 * tile if content == "read" else 0
+        sums = 4 * (V + K + 16) + 8 * RANK + 4 * tile * (1 + V // 16)
+        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + small
+    return tile * (16 * K + 6 * V + 64 + 128 + V // 4) + narrow + small
 
 
-@functools.cache
-def shared_room(device: int) -> int:
+def threads(name: str, K: int, V: int) -> int:
+    return {"forward": 2 * V + 128, "gradients": 4 * K}.get(name, 2 * V)
+
+
+class Device(NamedTuple):
+    """What there is to run on."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_room: int  # bytes of shared memory that a program can have
+    no_compiler: str | None  # why there is none
+
+
+@compiler.constant
+def facts(device: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
+    room = properties.shared_memory_per_block_optin
+    return Device(properties.name, (properties.major, properties.minor), room, compiler.why_not(device))
 
 
 def forward_tile(K: int, V: int, content: str, device: torch.device) -> int:
     """Tokens of a tile of the forward: 64 where shared memory allows."""
-    return 64 if shared_bytes("forward", K, V, 64, content) <= shared_room(device.index or 0) else 32
+    return 64 if shared_bytes("forward", K, V, 64, content) <= facts(device.index or 0).shared_room else 32
 
 
 def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
@@ -55,29 +78,25 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     device, K, V = x.v.device, x.q.shape[-1], x.v.shape[-1]
     if device.type != "cuda":
         return f"the inputs are on {device}, expected a CUDA device"
-    for name in ("q", "k", "v", "e"):
-        y = getattr(x, name)
+    if torch.version.cuda is None:
+        return "this PyTorch is not built for CUDA, expected an NVIDIA GPU and one that is"
+    for name, y in (("q", x.q), ("k", x.k), ("v", x.v), ("e", x.e)):
         if y.dtype not in INPUTS or y.dtype != x.v.dtype:
             return f"{name} has dtype {y.dtype}, expected q, k, v and e all in torch.bfloat16 or all in torch.float16"
     if K not in SIZES or V not in SIZES:
         return f"K = {K} and V = {V}, expected each to be one of {', '.join(map(str, SIZES))}"
     if p.down is not None and p.down.shape[-1] > RANK:
         return f"p_down has R = {p.down.shape[-1]}, expected at most {RANK}"
-    if not has_compiler():
-        return "cuda-core is not installed (pip install 'carve-attention[gpu]')"
-    wanted = max(shared_bytes(name, K, V, SAVE, options.content or "blind") for name in ("forward", "backward"))
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 or shared_room(device.index or 0) < wanted:
+    if options.chunk_size > LONGEST:
+        return f"chunk_size is {options.chunk_size}, expected at most {LONGEST}"
+    gpu = facts(device.index or 0)
+    wanted = max(shared_bytes(name, K, V, SAVE, options.content or "blind") for name in ("forward", "reverse", "gradients"))
+    if gpu.capability < (8, 0) or gpu.shared_room < wanted:
         return (
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor} and "
-            f"{shared_room(device.index or 0)} bytes of shared memory a block, expected at least 8.0 and {wanted}"
+            f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))} and {gpu.shared_room} bytes of "
+            f"shared memory a block, expected at least 8.0 and {wanted}"
         )
-    return None
-
-
-@functools.cache
-def has_compiler() -> bool:
-    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None
+    return gpu.no_compiler
 
 
 class Inputs(NamedTuple):
@@ -110,6 +129,17 @@ class Inputs(NamedTuple):
         return [(N, HV, K, V), seen, (N, HV, V) if content == "mean" else (0,)]
 
 
+@functools.cache
+def variant(
+    name: str, K: int, V: int, tile: int, dtype: torch.dtype, content: str, rms: bool
+) -> tuple[int, compiler.Constants]:
+    """Bytes of shared memory of a program, and the constants that the kernel is compiled with."""
+    size = shared_bytes(name, K, V, tile, content)
+    values = {"K": K, "V": V, "TILE": tile, "INPUT": INPUTS[dtype], "CONTENT": CONTENTS[content]}
+    values |= {"RMS": int(rms), "SHARED": size, "THREADS": threads(name, K, V)}
+    return size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
+
+
 def run(
     name: str,
     tile: int,
@@ -120,19 +150,41 @@ def run(
     chunk_size: int,
     scale: float,
     top: float,
+    programs: int,
+    *numbers: int,
 ) -> None:
-    """Launch a kernel on x and its further tensors, in order; an empty tensor is passed as null."""
+    """Launch a kernel on x, its further tensors and its own numbers, in order; an empty tensor is passed as null."""
     (H, K), (HV, V) = x.q.shape[2:], x.v.shape[2:]
-    size = shared_bytes(name, K, V, tile, content)
-    values = {"K": K, "V": V, "TILE": tile, "INPUT": INPUTS[x.v.dtype], "CONTENT": CONTENTS[content]}
-    values |= {"RMS": int(rms), "SHARED": size}
-    constants = tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
+    size, constants = variant(name, K, V, tile, x.v.dtype, content, rms)
+    assert all(y is None or y.is_contiguous() for y in (*x, *more))
     pointers = [0 if y is None or not y.numel() else y.data_ptr() for y in (*x, *more)]
-    numbers = (H, HV, x.g.shape[2], x.e.shape[2], x.rank or 1, x.v.shape[1], chunk_size)
+    numbers = (*numbers, H, HV, x.g.shape[2], x.e.shape[2], x.rank or 1, x.v.shape[1], chunk_size)
     arguments = [*pointers, ctypes.c_float(scale), ctypes.c_float(top), *map(ctypes.c_int, numbers)]
-    programs = x.sequences * HV
     if programs:
-        compiler.launch(name, x.v.device, constants, programs, 2 * V, size, arguments)
+        compiler.launch(name, x.v.device, constants, programs, threads(name, K, V), size, arguments)
+
+
+def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
+    """Compile what these inputs need, unless it is done; why that failed, with the compiler's log, else None."""
+    names = ("forward", "reverse", "gradients") if needs_gradient([*x, *p, *(state or ())]) else ("forward",)
+    sizes = SIZES.index(x.q.shape[-1]), SIZES.index(x.v.shape[-1])
+    return build_kernels(names, x.v.device, sizes, x.v.dtype, options.content or "blind", options.content_norm == "rms")
+
+
+@compiler.constant
+def build_kernels(
+    names: tuple[str, ...], device: torch.device, sizes: tuple[int, int], dtype: torch.dtype, content: str, rms: bool
+) -> str | None:
+    """sizes: of K and V, as places in `SIZES`: `torch.compile` may not know the numbers."""
+    K, V = (SIZES[i] for i in sizes)
+    try:
+        for name in names:
+            tile = forward_tile(K, V, content, device) if name == "forward" else SAVE
+            size, constants = variant(name, K, V, tile, dtype, content, rms)
+            compiler.load(name, device.index or 0, constants, size)
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 # -- the forward --
@@ -161,8 +213,8 @@ def forward(
     top: float,
     final: bool,
     save: bool,
-) -> list[Tensor]:
-    """Outputs; memory, content, content_sum behind the last token, a full chunk not yet closed; three that are saved.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs; memory, content, content_sum behind the last token, a full chunk not yet closed; four that are saved.
 
     The arguments up to position: see `Inputs`; kind: "blind", "mean" or "read"; top: largest erase gate. What there
     is none of, or was not asked for (`final`, `save`), is returned empty.
@@ -170,30 +222,44 @@ def forward(
     x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
     outputs = allocate(x, kind, chunk_size, final, save)
     tile = forward_tile(q.shape[3], v.shape[3], kind, v.device)
-    run("forward", tile, x, [memory, content, content_sum, *outputs], kind, rms, chunk_size, scale, top)
-    return outputs
+    programs = x.sequences * v.shape[2]
+    run("forward", tile, x, [memory, content, content_sum, *outputs], kind, rms, chunk_size, scale, top, programs)
+    return tuple(outputs)  # type: ignore[return-value]
 
 
 def allocate(x: Inputs, kind: str, chunk_size: int, final: bool, save: bool) -> list[Tensor]:
     """The forward's outputs, unwritten."""
     (B, T, HV, V), K = x.v.shape, x.q.shape[3]
     ends = [x.g.new_empty(shape if final else 0) for shape in x.state_shapes(kind)]
-    chunks = B * T // chunk_size + 2 * x.sequences if save else 0  # at most; `Sequence` in tile.cuh counts alike
-    states = -(-chunk_size // SAVE) * chunks
+    chunks = slots(x, chunk_size) if save else 0
     seen = {"blind": 0, "mean": RANK, "read": RANK * K // 2}[kind]
     return [
         torch.empty_like(x.v),
         *ends,
-        x.v.new_empty(states, HV, V * K // 2, dtype=torch.int32),
+        *allocate_states(x, chunks, chunk_size),
         x.g.new_empty(chunks, HV, seen),
         x.g.new_empty(chunks, HV, V if kind == "mean" else 0),
     ]
 
 
+def slots(x: Inputs, chunk_size: int) -> int:
+    """At most so many chunks; `Sequence` in tile.cuh counts alike."""
+    return x.v.shape[0] * x.v.shape[1] // chunk_size + 2 * x.sequences
+
+
+def allocate_states(x: Inputs, chunks: int, chunk_size: int) -> list[Tensor]:
+    """States, one every `SAVE` tokens of a chunk, and v_new of every 16, in bf16 as the kernels hold them, unwritten."""
+    (HV, V), K = x.v.shape[2:], x.q.shape[3]
+    counts = {SAVE: V * K // 2, 16: V * 8}
+    return [
+        x.v.new_empty(-(-chunk_size // tokens) * chunks, HV, size, dtype=torch.int32) for tokens, size in counts.items()
+    ]
+
+
 @forward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     kind, _, chunk_size, _, _, final, save = arguments[14:]
-    return allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save)
+    return tuple(allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save))
 
 
 # -- the backward --
@@ -212,7 +278,7 @@ def backward(
     p_write: Tensor | None,
     bounds: Tensor | None,
     position: Tensor | None,
-    saved: list[Tensor],
+    saved: Tensors,
     do: Tensor,
     d_memory: Tensor | None,
     d_content: Tensor | None,
@@ -223,23 +289,31 @@ def backward(
     scale: float,
     top: float,
     begun: bool,
-) -> list[Tensor]:
+) -> Tensors:
     """Gradients of the first nine arguments and, if `begun`, of the initial state; empty for what is not there.
 
-    saved: the last three outputs of `forward`; do: contiguous, of v's dtype; d_memory, d_content, d_content_sum:
+    saved: the last four outputs of `forward`; do: contiguous, of v's dtype; d_memory, d_content, d_content_sum:
     gradients of the state behind the last token.
     """
     x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
     outputs = allocate_gradients(x, kind, begun)
-    more = [*saved, do, d_memory, d_content, d_content_sum, *outputs]
-    run("backward", SAVE, x, more, kind, rms, chunk_size, scale, top)
+    (HV, V), K, chunks = v.shape[2:], q.shape[3], slots(x, chunk_size)
+    d_states = allocate_states(x, chunks, chunk_size)
+    passed = x.g.new_empty(chunks if kind == "mean" else 0, HV, V + K + 4)
+    d_z = x.v.new_empty(-(-chunk_size // 16) * chunks if kind == "read" else 0, HV, 128, dtype=torch.int32)
+    left = [*d_states, passed, d_z]
+    ends = [do, d_memory, d_content, d_content_sum]
+    options = (kind, rms, chunk_size, scale, top)
+    run("reverse", SAVE, x, [*saved, *ends, *left, *outputs[6:]], *options, x.sequences * HV)
+    tiles = -(-chunk_size // SAVE) * chunks
+    run("gradients", SAVE, x, [*saved[:3], do, *left, *outputs[:6]], *options, tiles * HV, x.sequences)
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
     projections = [dy.sum(0) if dy.numel() else dy for dy in outputs[6:9]]
     return [*heads, outputs[5], *projections, *outputs[9:]]
 
 
 def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
-    """What the backward kernel writes: [B, T, HV, ...] for tokens, [N, HV, ...] for projections and the state."""
+    """What the backward kernels write: [B, T, HV, ...] for tokens, [N, HV, ...] for projections and the state."""
     (B, T, HV, V), K, N, R = x.v.shape, x.q.shape[3], x.sequences, x.rank
     tokens = [y.new_empty(B, T, HV, V if y is x.v else K) for y in x[:5] if y is not None]
     tokens.append(x.g.new_empty((B, T, HV) if x.w is not None else 0))
@@ -263,7 +337,7 @@ def _(*arguments: Any) -> list[Tensor]:
     return [*heads, written[5], *(dy[0] if dy.numel() else dy for dy in written[6:9]), *written[9:]]
 
 
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, kind, rms, chunk_size, scale, top, _, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.begun = tensors[11] is not None
@@ -271,18 +345,25 @@ def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -
     ctx.save_for_backward(*tensors[:11], *output[4:])
 
 
-def differentiate(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *x, states, contents, means = ctx.saved_tensors
+def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    *x, states, edits, contents, means = ctx.saved_tensors
     do, *ends = d_outputs[:4]
     do = torch.zeros_like(x[2]) if do is None else do.to(x[2].dtype).contiguous()
     ends = each(Tensor.contiguous, ends)
-    found = backward(*x, [states, contents, means], do, *ends, *ctx.options, ctx.begun)
+    found = backward(*x, [states, edits, contents, means], do, *ends, *ctx.options, ctx.begun)
     gradients = [None if y is None else dy for y, dy in zip(x[:9], found, strict=False)]
     state = [dy if dy.numel() else None for dy in found[9:]]
     return *gradients, None, None, *state, *[None] * 7
 
 
 forward.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("the backward of backend='cuda' cannot be differentiated, recurrent_carve in torch's can")
+
+
+backward.register_autograd(refuse_second_derivative)
 
 
 # -- what the public op calls --
@@ -304,26 +385,35 @@ def fused(
         o `[B, T, HV, V]` in v's dtype, and the state after the last tokens or None.
     """
     device, kind = x.v.device, options.content or "blind"
-    q, k = x.q, x.k
-    if options.qk_l2norm:
-        q, k = (y * torch.rsqrt(y.float().square().sum(-1, keepdim=True) + 1e-6).to(y.dtype) for y in (q, k))
-    tokens = each(lambda y: y.contiguous(), (q, k, x.v, x.g.float(), x.e, None if x.w is None else x.w.float()))
+    q, k = (unit(x.q), unit(x.k)) if options.qk_l2norm else (x.q, x.k)
+    tokens = each(Tensor.contiguous, (q, k, x.v, x.g.float(), x.e, None if x.w is None else x.w.float()))
     bounds = None if cu_seqlens is None else cu_seqlens.to(device, torch.int64).contiguous()
-    begin = [None] * 3 if state is None else each(lambda y: y.contiguous(), state[:3])
-    position = None if state is None else state.position.contiguous()
-    inputs = Inputs(*tokens, *each(lambda y: y.contiguous(), p), bounds, position)  # type: ignore[call-arg]
-    differentiated = [*inputs[:9], *begin]
-    save = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in differentiated)
+    memory, content, content_sum, position = (None,) * 4 if state is None else each(Tensor.contiguous, state)
+    inputs = Inputs(*tokens, *each(Tensor.contiguous, p), bounds, position)  # type: ignore[call-arg]
+    save = needs_gradient([*tokens, *p, memory, content, content_sum])
     top = 2.0 if options.allow_neg_eigval else 1.0
     rms = options.content_norm == "rms"
-    o, *ends = forward(*inputs, *begin, kind, rms, options.chunk_size, options.scale, top, final, save)[:4]
+    o, *ends = forward(
+        *inputs, memory, content, content_sum, kind, rms, options.chunk_size, options.scale, top, final, save
+    )[:4]
     if not final:
         return o, None
     lengths = x.v.new_full((x.v.shape[0],), x.v.shape[1], dtype=torch.int64) if bounds is None else bounds.diff()
     seen = lengths if position is None else position + lengths
     full = (seen % options.chunk_size == 0) & (lengths > 0)
-    memory = ends[0]
-    content = None if kind == "blind" else ends[1]
-    content_sum = ends[2] if kind == "mean" else None
-    content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
+    memory, content, content_sum = ends
+    content = None if kind == "blind" else content
+    content_sum = content_sum if kind == "mean" else None
+    with torch.autocast(device.type, enabled=False):
+        content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
     return o, CarveState(memory, content, content_sum, seen % options.chunk_size)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x over its L2 norm in the last dimension, rounded once; for the backward it keeps no copy in float32."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * torch.rsqrt(norm.square() + 1e-6)).to(x.dtype)
+
+
+def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -1,187 +1,838 @@
 // The forward: one program per (sequence, value head), the whole recurrence in one pass.
 //
-// While a tile is worked on, the inputs of the next are copied into the other of two stages.
+// Two kinds of warps work side by side.  Preparing warps copy the inputs and turn them into what does not depend on the
+// content; state warps hold the state, 16 rows of V each, and do the rest.  Blocks of 16 tokens pass from the first to
+// the second through a ring of slots in shared memory, so that copies and preparation are a tile ahead.
+//
+// Keys enter the products as they leave: with x = k exp -G, and D the block's decay,
+//
+//     A = (b k exp G) x^T,  M = (scale q exp G) x^T,  S <- D (S + x^T v_new)
+//
+// A strong block, where exp -G may overflow, halves its tokens again and again instead: the decay between a token of
+// the upper and one of the lower half splits at the half's border into two factors of at most 1.
 
-constexpr int STAGES = 2;
-constexpr int O_Q = 0, O_K = O_Q + TILE * K * 2, O_E = O_K + TILE * K * 2, O_G = O_E + TILE * K * 2;
-constexpr int O_V = O_G + TILE * K * 4, O_W = O_V + TILE * V * 2, STAGE = aligned(O_W + TILE * 4);
-constexpr int O_M = STAGES * STAGE, O_T = O_M + TILE * 32, O_A = O_T + TILE * 32, O_DECAY = O_A + TILE * 64;
-constexpr int O_WRITE = O_DECAY + BLOCKS * K * 4, O_STRONG = O_WRITE + TILE * 4, O_TOTAL = O_STRONG + 64;
-constexpr int O_CONTENT = O_TOTAL + V * 4, O_DOWN = aligned(O_CONTENT + (4 * RANK + K + TILE) * 4);
+constexpr int STATE_WARPS = V / 16, STATE_THREADS = 32 * STATE_WARPS;
+constexpr int RING = 2 * BLOCKS;                     // slots
+constexpr int PREPARERS = 4;                         // preparing warps
+constexpr int PROGRAM = STATE_THREADS + 32 * PREPARERS;  // threads
+constexpr int OWN = K / 32;                          // columns of a block that a lane of a preparing warp has
+// State warps that share a block's gates, by columns; two 16-column slabs each at least
+constexpr int PARTS = STATE_WARPS / BLOCKS < COLUMNS / 2 ? STATE_WARPS / BLOCKS : COLUMNS / 2;
+
+// A slot.  q_in lies over q, b k exp G over e, x and k exp G over g; outputs over v.  Strong blocks: G over g, keys for
+// the state over k.
+constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2;
+constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_K_IN = O_G + K_ROWS;
+constexpr int O_V = O_G + 2 * K_ROWS, O_M = O_V + V_ROWS, O_DECAY = O_M + BLOCK * BLOCK * 2, O_A = O_DECAY + K * 4;
+constexpr int O_STRONG = O_A + BLOCK * 4, SLOT = (O_STRONG + 4 + 255) / 256 * 256;
+
+constexpr int SHARES = PARTS > 1 ? PARTS - 1 : 1;
+constexpr int O_T = RING * SLOT, O_ONES = O_T + TILE * 32, O_SIGNALS = O_ONES + K * 4, O_WRITE = O_SIGNALS + 16 * RING;
+constexpr int O_RAW = O_WRITE + RANK * 4, O_DOWN = (O_RAW + (MEAN ? STATE_WARPS * RANK * 4 : 0) + 255) / 256 * 256;
 constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0);
-constexpr int O_Z = O_UP + (READ ? RANK * K * 2 : MEAN ? RANK * K * 4 : 0);
-constexpr int SHARED_BYTES = O_Z + (READ ? RANK * K * 2 : 0);
+constexpr int O_REST = O_UP + (MEAN || READ ? RANK * K * 2 : 0), O_SHARES = O_REST + (MEAN || READ ? RANK * K * 2 : 0);
+constexpr int SHARED_BYTES = O_SHARES + BLOCKS * SHARES * 1024;
 
+static_assert(PROGRAM == THREADS, "carve/ops/kernels/cuda.py says how many threads a program has");
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
+
+DEVICE void sync_state_warps() { barrier(1, STATE_THREADS); }
+
+// The right operand of a product: quarters upper left, upper right, lower left, lower right, which saves the moves that
+// the tensor cores' order of registers takes otherwise.
+struct Right { u32 x[4]; };
+
+// C += A B^T
+DEVICE void multiply(Sums& c, const Operand& a, const Right& b) {
+  multiply_add(c.x[0], a.x, b.x[0], b.x[1]);
+  multiply_add(c.x[1], a.x, b.x[2], b.x[3]);
+}
+
+// Where an operand of a matrix with rows of D numbers is for this lane, in bytes; for columns from 16 n on, XOR 32 n.
+// What serves a left operand serves the transpose of a right one, and the other way round.
+template <int D> DEVICE u32 lane_left() { return (lane() & 15) * (2 * D) + (((lane() >> 4) ^ (lane() & 7)) << 4); }
+template <int D> DEVICE u32 lane_right() {
+  return ((lane() & 7) + 8 * (lane() >> 4)) * (2 * D) + ((((lane() >> 3) & 1) ^ (lane() & 7)) << 4);
+}
+DEVICE u32 lane_pair() { return quad_row() * (2 * K) + (quad_row() << 4) + 2 * quad_column(); }  // [16, K]: to store
+
+DEVICE Operand load_left(u32 address) {
+  Operand a;
+  load_quarters(a.x, address);
+  return a;
+}
+DEVICE Right load_right(u32 address) {
+  Right b;
+  load_quarters(b.x, address);
+  return b;
+}
+DEVICE Right load_right_transposed(u32 address) {
+  Right b;
+  load_quarters_transposed(b.x, address);
+  return b;
+}
+DEVICE void store_left(u32 address, const Operand& a) {
+  store_shared(address, a.x[0]);
+  store_shared(address + 16 * K, a.x[1]);
+  store_shared(address ^ 16, a.x[2]);
+  store_shared((address ^ 16) + 16 * K, a.x[3]);
+}
+
+struct Slot {
+  byte* base;
+
+  DEVICE Matrix<K> q() const { return {base + O_Q}; }        // q, then scale q exp G
+  DEVICE Matrix<K> k() const { return {base + O_K}; }        // k; strong: then k exp(G_16 - G)
+  DEVICE Matrix<K> e() const { return {base + O_E}; }        // erase logits, then b k exp G
+  DEVICE Matrix<K> x() const { return {base + O_G}; }        // k exp -G
+  DEVICE Matrix<K> k_in() const { return {base + O_K_IN}; }  // k exp G
+  DEVICE Matrix<V> v() const { return {base + O_V}; }        // values, then outputs
+  DEVICE Matrix<16> M() const { return {base + O_M}; }
+  DEVICE float2& G(int row, int column) const { return *(float2*)(base + O_G + (row * K + column) * 4); }  // g, then G
+  // exp G_16, in the order in which the lanes that hold the state need it: four numbers of 16 columns a lane
+  DEVICE float* decay() const { return (float*)(base + O_DECAY); }
+  DEVICE float2& decay(int column) const {
+    return *(float2*)(decay() + (column & ~15) + 2 * (column & 6) + ((column >> 2) & 2));
+  }
+  DEVICE float* a() const { return (float*)(base + O_A); }          // write logits, then gates
+  DEVICE int& strong() const { return *(int*)(base + O_STRONG); }
+};
+
+// Where a warp is in the ring.  A slot's signals: `full`, once it is prepared, and `free`, once no state warp needs it.
+struct Ring {
+  byte* shared;
+  int slot, phase;
+
+  DEVICE Slot at(int ahead) const { return {shared + (slot + ahead) % RING * SLOT}; }
+  DEVICE Signal* full() const { return (Signal*)(shared + O_SIGNALS) + slot; }
+  DEVICE Signal* free() const { return (Signal*)(shared + O_SIGNALS) + RING + slot; }
+  DEVICE void step(int blocks) {
+    slot += blocks;
+    phase ^= slot / RING & 1;
+    slot %= RING;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Preparing warps
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The blocks of a sequence, one after the other.
+struct Cursor {
+  int token, last, chunk;  // first token; one behind the chunk's last
+  Ring ring;
+
+  DEVICE bool valid(const Sequence& sequence) const { return token < sequence.length; }
+  DEVICE void skip(const Sequence& sequence, int blocks) {
+    ring.step(blocks);
+    while (valid(sequence)) {
+      const int left = (last - token + BLOCK - 1) / BLOCK;
+      if (blocks < left) {
+        token += blocks * BLOCK;
+        return;
+      }
+      token = last, blocks -= left;
+      if (valid(sequence)) last = sequence.last(++chunk);
+    }
+  }
+};
+
+// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>; or,
+// with FP32, of fp32 numbers, in two rounds a row, as they lie.
+template <int D, bool FP32 = false>
+DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int heads, int head) {
+  constexpr int LANES = D / 8, STEP = 32 / LANES, BYTES = FP32 ? 4 * D : 2 * D;
+  const int lane = lane_anew(), row = lane / LANES, piece = lane % LANES, stride = heads * BYTES;
+  const byte* p = (const byte*)from + (first * heads + head) * BYTES + ((i64)row * stride + piece * 16);
+  const int plain = row * BYTES + piece * 16, permuted = row * BYTES + ((piece ^ row) << 4);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += STEP) {
+    const bool valid = row + i < count;
+    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), p + (i64)i * stride, valid);
+    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, p + (i64)i * stride + BYTES / 2, valid);
+  }
+}
+
+// Adds sum_d x_id k_jd exp(G_id - G_jd) over 16 columns to element [i, j] of levels[l], where i and j differ first in
+// bit 3 - l, and i has it; other elements become meaningless.  x and k are fragments laid out as sums are.
+DEVICE void multiply_strong(Sums (&levels)[4], const Sums& x, const Sums& k, Slot slot, int column) {
+  const int lane = lane_anew(), first_row = lane >> 2, first_column = column + 2 * (lane & 3);
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const int half = 8 >> l;
+    Sums upper, lower;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = first_row + 8 * i, border = (row & -2 * half) + half - 1, c = first_column + 8 * t;
+        const bool up = row & half;
+        const float2 G = slot.G(row, c), G_border = slot.G(border, c);
+        const float fx = exp2_(up ? G.x - G_border.x : G_border.x - G.x), fy = exp2_(up ? G.y - G_border.y : G_border.y - G.y);
+        upper.x[t][2 * i] = up ? x.x[t][2 * i] * fx : 0, upper.x[t][2 * i + 1] = up ? x.x[t][2 * i + 1] * fy : 0;
+        lower.x[t][2 * i] = up ? 0 : k.x[t][2 * i] * fx, lower.x[t][2 * i + 1] = up ? 0 : k.x[t][2 * i + 1] * fy;
+      }
+    multiply(levels[l], round_to_bf16(upper), round_to_bf16(lower));
+  }
+}
+// The meaningful elements of all levels; the rest is 0.
+DEVICE Sums gather(Sums (&levels)[4]) {
+  const int lane = lane_anew();
+  Sums y = zeros();
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    const int half = 8 >> l;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int i = (lane >> 2) + 8 * (n >> 1), j = 8 * t + 2 * (lane & 3) + (n & 1);
+        if ((i & -2 * half) == (j & -2 * half) && (i & half) && !(j & half)) y.x[t][n] = levels[l].x[t][n];
+      }
+  }
+  return y;
+}
+
+// 16-bit numbers in an operand as fp32, laid out as sums are
+template <typename X> DEVICE Sums widen(const Operand& a) {
+  Sums y;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack<X>(a.x[2 * t + i]);
+      y.x[t][2 * i] = pair.x, y.x[t][2 * i + 1] = pair.y;
+    }
+  return y;
+}
+
+DEVICE void add(Sums& x, const Sums& y) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x.x[t][n] += y.x[t][n];
+}
+DEVICE Sums scaled(Sums x, float factor) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x.x[t][n] *= factor;
+  return x;
+}
+
+// M of a strong block, by one warp, from q, k and G.
+DEVICE void multiply_queries_strong(Slot slot, float scale) {
+  Sums levels[4] = {zeros(), zeros(), zeros(), zeros()}, same = zeros();
+#pragma unroll 1
+  for (int n = 0; n < COLUMNS; ++n) {
+    const Operand q_raw = slot.q().load(0, 16 * n), k_raw = slot.k().load(0, 16 * n);
+    multiply_strong(levels, widen<Input>(q_raw), widen<Input>(k_raw), slot, 16 * n);
+    multiply(same, to_bf16<Input>(q_raw), to_bf16<Input>(k_raw));
+  }
+  Sums M = gather(levels);
+  for_each(M, [&](float& x, int i, int j) { x = scale * (i == j ? same.x[j >> 3][2 * (i >> 3) + (j & 1)] : x); });
+  slot.M().store(0, 0, round_to_bf16(M));
+}
+
+// M of a mild block, by one warp.
+DEVICE void multiply_queries(Slot slot) {
+  const u32 left = shared_address(slot.base) + lane_left<K>(), right = shared_address(slot.base) + lane_right<K>();
+  Sums even = zeros(), odd = zeros();
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n += 2) {
+    multiply(even, load_left((left ^ 32 * n) + O_Q), load_right((right ^ 32 * n) + O_G));
+    multiply(odd, load_left((left ^ 32 * n + 32) + O_Q), load_right((right ^ 32 * n + 32) + O_G));
+  }
+  add(even, odd);
+  for_each(even, [&](float& x, int i, int j) { x = i >= j ? x : 0; });
+  slot.M().store(0, 0, round_to_bf16(even));
+}
+
+// Some consecutive numbers of a row, as one access to shared memory.
+struct alignas(4 * OWN) Floats { float x[OWN]; };
+struct alignas(2 * OWN) Pairs { u32 x[OWN / 2]; };
+
+DEVICE Pairs own_pairs(Matrix<K> x, int row) { return *(const Pairs*)x.at(row, OWN * lane()); }
+DEVICE void set_own_pairs(Matrix<K> x, int row, const float (&y)[OWN]) {
+  Pairs pairs;
+#pragma unroll
+  for (int c = 0; c < OWN; c += 2) pairs.x[c / 2] = pack<Bf16>(y[c], y[c + 1]);
+  *(Pairs*)x.at(row, OWN * lane()) = pairs;
+}
+
+// Turns a block's inputs into what does not depend on the content, by one warp; a lane has OWN columns.
+DEVICE void prepare_block(Slot slot, float scale) {
+  const auto g = [&](int t) -> Floats& { return (Floats&)slot.G(t, OWN * lane()); };
+  Floats G[BLOCK];
+  float lowest = 0;
+#pragma unroll
+  for (int t = 0; t < BLOCK; ++t) G[t] = g(t);
+#pragma unroll
+  for (int c = 0; c < OWN; ++c) {
+    float sum = 0;
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + LOG2_E * G[t].x[c];
+    lowest = fminf(lowest, sum);
+  }
+  const bool strong = any_lane(lowest < -MILD);
+  if (lane() == 0) slot.strong() = strong;
+  if (strong) {
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) {
+      float sum = 0;  // anew, so that differences of sums stay finite
+#pragma unroll
+      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * g(t).x[c], GONE);
+    }
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) g(t) = G[t];
+    warp_sync();
+    multiply_queries_strong(slot, scale);
+  }
+#pragma unroll
+  for (int c = 0; c < OWN; c += 2)
+    slot.decay(OWN * lane() + c) = make_float2(exp2_(G[BLOCK - 1].x[c]), exp2_(G[BLOCK - 1].x[c + 1]));
+  warp_sync();  // x and k_in lie over g; all have read it
+  if (strong) {
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) {
+      const Pairs q = own_pairs(slot.q(), t);
+      float q_in[OWN];
+#pragma unroll
+      for (int c = 0; c < OWN; c += 2) {
+        const float2 y = unpack<Input>(q.x[c / 2]);
+        q_in[c] = y.x * (exp2_(G[t].x[c]) * scale), q_in[c + 1] = y.y * (exp2_(G[t].x[c + 1]) * scale);
+      }
+      set_own_pairs(slot.q(), t, q_in);
+    }
+  } else {
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) {
+      const Pairs q = own_pairs(slot.q(), t), k = own_pairs(slot.k(), t);
+      float q_in[OWN], k_in[OWN], x[OWN];
+#pragma unroll
+      for (int c = 0; c < OWN; ++c) {
+        const float2 q_pair = unpack<Input>(q.x[c / 2]), k_pair = unpack<Input>(k.x[c / 2]);
+        const float in = exp2_(G[t].x[c]), k_c = c & 1 ? k_pair.y : k_pair.x;
+        q_in[c] = (c & 1 ? q_pair.y : q_pair.x) * (in * scale);
+        k_in[c] = k_c * in;
+        x[c] = k_c * exp2_(-G[t].x[c]);
+      }
+      set_own_pairs(slot.q(), t, q_in);
+      set_own_pairs(slot.k_in(), t, k_in);
+      set_own_pairs(slot.x(), t, x);
+    }
+    warp_sync();
+    multiply_queries(slot);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Gates, by the state warps
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What the gates of a block see of the content.
+struct Seen {
+  Matrix<V> down;   // P_down^T [RANK, V] ("read")
+  float* wide_down; // P_down / C [V, RANK] ("mean")
+  Matrix<K> up;     // P_up [RANK, K], in bf16
+  Matrix<K> rest;   // P_up less that ("mean"); Z^T = (S_c P_down)^T [RANK, K] ("read")
+  float* raw;       // m_c P_down in STATE_WARPS addends, [STATE_WARPS, RANK] ("mean")
+  float* write;     // p_write [RANK]
+  int R;
+};
+
+DEVICE void load_seen(const Seen& seen, const float* p_down, const float* p_up, const float* p_write, int head, int C) {
+  const int R = seen.R, thread = thread_index();
+  if constexpr (READ)
+    for (int i = thread; i < RANK * V / 2; i += STATE_THREADS) {
+      const int r = i / (V / 2), v = 2 * (i % (V / 2));
+      const float* p = p_down + ((i64)head * V + v) * R + r;
+      seen.down.pair(r, v) = r < R ? pack<Bf16>(p[0], p[R]) : 0;
+    }
+  if constexpr (MEAN)
+    for (int i = thread; i < V * RANK; i += STATE_THREADS) {
+      const int v = i / RANK, r = i % RANK;
+      seen.wide_down[i] = r < R ? p_down[((i64)head * V + v) * R + r] / C : 0;
+    }
+  if constexpr (MEAN || READ) {
+    for (int i = thread; i < RANK * K / 2; i += STATE_THREADS) {
+      const int r = i / (K / 2), k = 2 * (i % (K / 2));
+      const float* p = p_up + ((i64)head * R + r) * K + k;
+      const float2 x = r < R && p_up ? make_float2(p[0], p[1]) : make_float2(0, 0);
+      const u32 rounded = pack<Bf16>(x.x, x.y);
+      seen.up.pair(r, k) = rounded;
+      if constexpr (MEAN) {
+        const float2 y = unpack<Bf16>(rounded);
+        seen.rest.pair(r, k) = pack<Bf16>(x.x - y.x, x.y - y.y);
+      }
+    }
+    if (thread < RANK) seen.write[thread] = thread < R && p_write ? p_write[(i64)head * R + thread] : 0;
+  }
+}
+
+// z of a block's tokens [16 tokens, RANK]: the content after its norm.
+DEVICE Sums see(const Seen& seen, Slot slot) {
+  Sums z = zeros();
+  if constexpr (MEAN) {
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int w = 0; w < STATE_WARPS; ++w) {
+        const float2 x = *(float2*)(seen.raw + w * RANK + 8 * t + quad_column());
+        z.x[t][0] += x.x, z.x[t][1] += x.y;
+      }
+#pragma unroll
+    for (int t = 0; t < 2; ++t) z.x[t][2] = z.x[t][0], z.x[t][3] = z.x[t][1];
+  }
+  if constexpr (READ) {
+    const u32 left = shared_address(slot.k().base) + lane_left<K>();
+    const u32 right = shared_address(seen.rest.base) + lane_right<K>();
+    Sums odd = zeros();
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n += 2) {
+      multiply(z, to_bf16<Input>(load_left(left ^ 32 * n)), load_right(right ^ 32 * n));
+      multiply(odd, to_bf16<Input>(load_left(left ^ 32 * n + 32)), load_right(right ^ 32 * n + 32));
+    }
+    add(z, odd);
+  }
+  if constexpr (RMS)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float squares = 0;
+#pragma unroll
+      for (int t = 0; t < 2; ++t) squares += z.x[t][2 * i] * z.x[t][2 * i] + z.x[t][2 * i + 1] * z.x[t][2 * i + 1];
+      const float root = reciprocal_root(quad_sum(squares) / seen.R + 1e-8f);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) z.x[t][2 * i] *= root, z.x[t][2 * i + 1] *= root;
+    }
+  return z;
+}
+
+// Write gates of a block.
+DEVICE void open_write_gates(const Seen& seen, const Sums& z, Slot slot, bool has_w) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float shift = 0;
+    if constexpr (MEAN || READ) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const float2 write = *(float2*)(seen.write + 8 * t + quad_column());
+        shift += z.x[t][2 * i] * write.x + z.x[t][2 * i + 1] * write.y;
+      }
+      shift = quad_sum(shift);
+    }
+    float& a = slot.a()[quad_row() + 8 * i];
+    if ((lane() & 3) == 0) a = has_w ? sigmoid(a + shift) : 1;
+  }
+}
+
+// Erase gates, and the keys behind them, of one part of a block's columns; returns this part's addend of A.
+DEVICE Sums open_erase_gates(const Seen& seen, const Sums& z, Slot slot, int part, float top) {
+  // sigmoid(x) = 1 / (1 + 2^y), with y = -log2(e) x
+  const Sums y_z = scaled(z, -LOG2_E);
+  const Operand z_rounded = round_to_bf16(y_z);
+  Operand z_rest;
+  if constexpr (MEAN) {
+    Sums rest = widen<Bf16>(z_rounded);
+    for_each(rest, [&](float& x, int i, int j) { x = y_z.x[j >> 3][2 * (i >> 3) + (j & 1)] - x; });
+    z_rest = round_to_bf16(rest);
+  }
+  const u32 base = shared_address(slot.base), left = base + lane_left<K>(), right = base + lane_right<K>();
+  const u32 pairs = base + O_E + lane_pair();
+  const u32 projection = shared_address(seen.up.base) + lane_left<K>();
+  const auto gates = [&](int n) {  // of the 16 columns from 16 n on
+    Sums y = zeros();
+    if constexpr (MEAN || READ) {
+      const Right up = load_right_transposed(projection ^ 32 * n);
+      multiply(y, z_rounded, up);
+      if constexpr (MEAN) {  // the shift is one for the whole chunk: as exact as in fp32
+        multiply(y, z_rest, up);
+        multiply(y, z_rounded, load_right_transposed((projection ^ 32 * n) + (O_REST - O_UP)));
+      }
+    }
+    const Sums e = widen<Input>(load_left((left ^ 32 * n) + O_E));
+    const float share = 1 / top;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y.x[t][i] = reciprocal(share + share * exp2_(y.x[t][i] - LOG2_E * e.x[t][i]));
+    return y;
+  };
+  const int first = part * (COLUMNS / PARTS);
+  if (slot.strong()) {
+    Sums levels[4] = {zeros(), zeros(), zeros(), zeros()};
+#pragma unroll 1
+    for (int n = first; n < first + COLUMNS / PARTS; ++n) {
+      Sums bk = gates(n);
+      const Sums k = widen<Input>(slot.k().load(0, 16 * n));
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bk.x[t][i] *= k.x[t][i];
+      multiply_strong(levels, bk, k, slot, 16 * n);
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int lane = lane_anew();
+          const float2 G = slot.G((lane >> 2) + 8 * i, 16 * n + 8 * t + 2 * (lane & 3));
+          bk.x[t][2 * i] *= exp2_(G.x), bk.x[t][2 * i + 1] *= exp2_(G.y);
+        }
+      slot.e().store(0, 16 * n, round_to_bf16(bk));
+    }
+    return gather(levels);
+  }
+  Sums A = zeros();
+#pragma unroll
+  for (int m = 0; m < COLUMNS / PARTS; ++m) {
+    const int n = first + m;
+    Sums bk = gates(n);
+    const Sums k_in = widen<Bf16>(load_left((left ^ 32 * n) + O_K_IN));
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bk.x[t][i] *= k_in.x[t][i];
+    const Operand rounded = round_to_bf16(bk);
+    store_left(pairs ^ 32 * n, rounded);
+    multiply(A, rounded, load_right((right ^ 32 * n) + O_G));
+  }
+  return A;
+}
+
+// Strong blocks: k exp(G_16 - G) over k, one part of the columns.
+DEVICE void decay_keys(Slot slot, int part) {
+#pragma unroll 1
+  for (int n = part * (COLUMNS / PARTS); n < (part + 1) * (COLUMNS / PARTS); ++n) {
+    Sums k = widen<Input>(slot.k().load(0, 16 * n));
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int lane = lane_anew(), column = 16 * n + 8 * t + 2 * (lane & 3);
+        const float2 G = slot.G((lane >> 2) + 8 * i, column), G_16 = slot.G(BLOCK - 1, column);
+        k.x[t][2 * i] *= exp2_(G_16.x - G.x), k.x[t][2 * i + 1] *= exp2_(G_16.y - G.y);
+      }
+    slot.k().store(0, 16 * n, round_to_bf16(k));
+  }
+}
+
+// T of a block, transposed, from this warp's and the other parts' addends of A; `shares` is overwritten.
+DEVICE void solve_block(Sums A, byte* shares, Matrix<16> T) {
+#pragma unroll
+  for (int part = 1; part < PARTS; ++part)
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const float4 x = ((const float4*)(shares + (part - 1) * 1024))[t * 32 + lane()];
+      A.x[t][0] += x.x, A.x[t][1] += x.y, A.x[t][2] += x.z, A.x[t][3] += x.w;
+    }
+  warp_sync();
+  float* columns = (float*)shares;  // of A
+  for_each(A, [&](float& x, int i, int j) { columns[j * 16 + i] = i > j ? x : 0; });
+  warp_sync();
+  // forward substitution in fp32; lane c, and c + 16, has column c of T
+  const int column = lane_anew() & 15;
+  float x[BLOCK];
+#pragma unroll
+  for (int i = 0; i < BLOCK; ++i) x[i] = i == column ? 1 : 0;
+#pragma unroll
+  for (int j = 0; j < BLOCK - 1; ++j) {
+    float A_j[BLOCK];
+#pragma unroll
+    for (int i = (j + 1) & ~3; i < BLOCK; i += 4) *(float4*)(A_j + i) = *(const float4*)(columns + j * 16 + i);
+#pragma unroll
+    for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
+  }
+  u32 pairs[BLOCK / 2];
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += 2) pairs[i / 2] = pack<Bf16>(x[i], x[i + 1]);
+  if (lane_anew() < 16) {
+    *(uint4*)T.at(column, 0) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    *(uint4*)T.at(column, 8) = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+  }
+}
+
+DEVICE void decay_state(State& S, const float* decay) {
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m) {
+    const float4 x = *(const float4*)(decay + 16 * m + 2 * quad_column());
+    S.x[m].x[0][0] *= x.x, S.x[m].x[0][1] *= x.y, S.x[m].x[0][2] *= x.x, S.x[m].x[0][3] *= x.y;
+    S.x[m].x[1][0] *= x.z, S.x[m].x[1][1] *= x.w, S.x[m].x[1][2] *= x.z, S.x[m].x[1][3] *= x.w;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Inputs and outputs are contiguous, shapes as in carve/ops/api.py.  May be null: w, p_up, p_write, bounds, positions,
 // the initial state (memory, content, content_sum) and everything behind o.
-KERNEL void __launch_bounds__(THREADS, 1) carve_forward(
+KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
     const void* q, const void* k, const void* v, const float* g, const void* e, const float* w, const float* p_down,
     const float* p_up, const float* p_write, const i64* bounds, const i64* positions, const float* memory,
     const float* content, const float* content_sum, void* o, float* memory_end, float* content_end,
-    float* content_sum_end, u32* states, float* contents, float* means, float scale, float top, int H, int HV, int H_g,
-    int H_e, int R, int T, int C) {
+    float* content_sum_end, u32* states, u32* edits, float* contents, float* means, float scale, float top, int H,
+    int HV, int H_g, int H_e, int R, int T, int C) {
   byte* shared = shared_memory();
+  const int warp_index = uniform(warp());
   const int n = block_index() / HV, head = block_index() % HV, thread = thread_index();
-  const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
-  const i64 own = (i64)n * HV + head;
   const Sequence sequence(bounds, positions, n, T, C);
+  Ring ring = {shared, 0, 0};
+  if (thread == 0)
+    for (int i = 0; i < RING; ++i) {
+      set_up(ring.full() + i, 1);
+      set_up(ring.free() + i, STATE_WARPS);
+    }
+  for (int i = thread; i < K; i += PROGRAM) ((float*)(shared + O_ONES))[i] = 1;
+  sync();
 
-  float* small = (float*)(shared + O_CONTENT);
-  Content seen = {{shared + O_DOWN}, {shared + O_UP}, {shared + O_Z}, (float*)(shared + O_DOWN), (float*)(shared + O_UP),
-                  small, small + RANK, small + 2 * RANK, small + 4 * RANK, small + 4 * RANK + K, R};
-  Prepared p;
-  p.M.base = shared + O_M, p.T.base = shared + O_T, p.A = (float*)(shared + O_A), p.decay = (float*)(shared + O_DECAY);
-  p.a = (float*)(shared + O_WRITE), p.strong = (int*)(shared + O_STRONG);
-  p.scale = scale, p.top = top, p.has_w = w;
-  float* total = (float*)(shared + O_TOTAL);  // sum of the chunk's outputs, [V]
+  // -- preparing warps: each takes every PREPARERS-th block --
+  if (warp_index >= STATE_WARPS) {
+    const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
+    const auto copy = [&](const Cursor& at) {
+      const Slot slot = at.ring.at(0);
+      const i64 token = sequence.begin + at.token;
+      const int count = min(BLOCK, at.last - at.token), t = lane_anew();
+      copy_block<K, true>(slot.base + O_G, g, token, count, H_g, g_head);
+      copy_block<K>(slot.base + O_K, k, token, count, H, key_head);
+      copy_block<K>(slot.base + O_Q, q, token, count, H, key_head);
+      copy_block<K>(slot.base + O_E, e, token, count, H_e, e_head);
+      copy_block<V>(slot.base + O_V, v, token, count, HV, head);
+      if (w && t < BLOCK) copy_4_bytes(slot.a() + t, w + (token + t) * HV + head, t < count);
+      close_copies();
+    };
+    Cursor at = {0, sequence.last(0), 0, ring};  // block to prepare
+    at.skip(sequence, warp_index - STATE_WARPS);
+    Cursor next = at;  // block to copy
+    int copied = 0;    // blocks, not prepared yet
+    while (at.valid(sequence)) {
+      // copies begin as soon as there is room, but preparation does not wait for that
+      Signal* room = next.ring.free();
+      const int phase = next.ring.phase ^ 1;
+      if (next.valid(sequence) && (copied == 0 || (copied == 1 && all_lanes(has_ended(room, phase))))) {
+        wait(room, phase);
+        copy(next);
+        next.skip(sequence, PREPARERS);
+        ++copied;
+        continue;
+      }
+      if (copied == 2) wait_for_copies_but_last();
+      else wait_for_copies();
+      warp_sync();
+      prepare_block(at.ring.at(0), scale);
+      warp_sync();
+      if (lane() == 0) arrive(at.ring.full());
+      at.skip(sequence, PREPARERS);
+      --copied;
+    }
+    return;
+  }
 
-  auto copy_tile = [&](int stage, int first, int count) {
-    byte* at = shared + stage * STAGE;
-    const i64 token = sequence.begin + first;
-    copy_rows(WideMatrix<K>{at + O_G}, g, token, count, H_g, g_head);
-    copy_rows(Matrix<K>{at + O_K}, k, token, count, H, key_head);
-    copy_rows(Matrix<K>{at + O_Q}, q, token, count, H, key_head);
-    copy_rows(Matrix<K>{at + O_E}, e, token, count, H_e, e_head);
-    copy_rows(Matrix<V>{at + O_V}, v, token, count, HV, head);
-    if (w && thread < TILE)
-      copy_4_bytes(at + O_W + 4 * thread, w + (token + min(thread, count - 1)) * HV + head, thread < count);
-  };
-
-  // -- the state before the first token --
-  if (sequence.chunks) copy_tile(0, 0, min(TILE, sequence.last(0)));
+  // -- state warps: the state before the first token --
+  const i64 own = (i64)n * HV + head;
+  const Seen seen = {{shared + O_DOWN}, (float*)(shared + O_DOWN), {shared + O_UP}, {shared + O_REST},
+                     (float*)(shared + O_RAW), (float*)(shared + O_WRITE), R};
   State S = load_state(memory ? memory + own * K * V : nullptr);
-  load_projections(seen, p_down, p_up, p_write, head);
+  load_seen(seen, p_down, p_up, p_write, head, C);
+  float sums[2] = {0, 0};  // of this chunk's outputs, two rows of V; the four lanes of a row have an addend each
+  const int row = 16 * warp_index + quad_row();
   if constexpr (MEAN) {
-    if (thread < RANK) seen.raw[thread] = content && thread < R ? content[own * R + thread] : 0;
-    for (int i = thread; i < V; i += THREADS) total[i] = content_sum ? content_sum[own * V + i] : 0;
+    for (int i = thread; i < STATE_WARPS * RANK; i += STATE_THREADS) seen.raw[i] = content && i < R ? content[own * R + i] : 0;
+    if (content_sum && (lane() & 3) == 0)
+      sums[0] = content_sum[own * V + row], sums[1] = content_sum[own * V + row + 8];
   }
   if constexpr (READ)
-    for (int i = thread; i < RANK * K / 2; i += THREADS) {
+    for (int i = thread; i < RANK * K / 2; i += STATE_THREADS) {
       const int r = i / (K / 2), column = 2 * (i % (K / 2));
       const float* z = content + (own * K + column) * R + r;
-      seen.Z.pair(r, column) = content && r < R ? pack<Bf16>(z[0], z[R]) : 0;
+      seen.rest.pair(r, column) = content && r < R ? pack<Bf16>(z[0], z[R]) : 0;
     }
+  const auto raw_content = [&] {  // "mean": number thread % RANK of m_c P_down
+    float x = 0;
+    for (int i = 0; i < STATE_WARPS; ++i) x += seen.raw[i * RANK + thread % RANK];
+    return x;
+  };
+  // in a slot: this lane's row of its warp's values, and its piece of the outputs; in a [16, 16] matrix, a right operand's row
+  const u32 v_transposed = O_V + (lane_right<V>() ^ 32 * warp_index);
+  const int o_piece = (int)(Slot{0}.v().at(lane() >> 1, 16 * warp_index + 8 * (lane() & 1)) - (byte*)0);
+  const u32 small_left = (u32)(Matrix<16>{0}.at(lane() & 15, 8 * (lane() >> 4)) - (byte*)0);
+  const u32 small_right = (u32)(Matrix<16>{0}.at((lane() & 7) + 8 * (lane() >> 4), lane() & 8) - (byte*)0);
+  byte* o_of_lane = (byte*)o + (((sequence.begin + (lane() >> 1)) * HV + head) * V + 16 * warp_index + 8 * (lane() & 1)) * 2;
+  sync_state_warps();
 
-  int stage = 0;
   for (int chunk = 0; chunk < sequence.chunks; ++chunk) {
-    set_shifts(seen);
-    if constexpr (READ) sync();
+    const i64 slot_of_content = (sequence.slot + chunk) * HV + head;
     if (contents) {
       if constexpr (MEAN)
-        if (thread < RANK) contents[((sequence.slot + chunk) * HV + head) * RANK + thread] = seen.raw[thread];
+        if (thread < RANK) contents[slot_of_content * RANK + thread] = raw_content();
       if constexpr (READ)
-        for (int i = thread; i < RANK * K / 2; i += THREADS)
-          ((u32*)contents)[((sequence.slot + chunk) * HV + head) * (RANK * K / 2) + i] = ((u32*)seen.Z.base)[i];
+        for (int i = thread; i < RANK * K / 2; i += STATE_THREADS)
+          ((u32*)contents)[slot_of_content * (RANK * K / 2) + i] = ((u32*)seen.rest.base)[i];
     }
-
+    const bool another = chunk + 1 < sequence.chunks;
     const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
-    float sums[2] = {0, 0};  // of this chunk's outputs, two rows of V
-    for (int first = first_of_chunk; first < last_of_chunk; first += TILE, stage ^= 1) {
-      const int count = min(TILE, last_of_chunk - first);
-      byte* at = shared + stage * STAGE;
-      p.q.base = p.q_in.base = at + O_Q, p.k.base = at + O_K, p.e.base = p.bk_in.base = at + O_E;
-      p.g.base = p.k_out.base = at + O_G, p.k_end.base = at + O_G + TILE * K * 2, p.w = (float*)(at + O_W);
-      const Matrix<V> v_o = {at + O_V};  // values, then outputs
+    for (int first = first_of_chunk; first < last_of_chunk; first += TILE) {
+      const int blocks = (min(TILE, last_of_chunk - first) + BLOCK - 1) / BLOCK;
 
-      // -- inputs of this tile are there; fetch those of the next --
-      wait_for_copies();
-      if (thread < BLOCKS) p.strong[thread] = 0;
-      sync();
-      const int next = first + count;
-      if (next < sequence.length)
-        copy_tile(stage ^ 1, next, min(TILE, sequence.last(chunk + (next == last_of_chunk)) - next));
-
-      // -- gates, decays, and the triangular systems --
-      if constexpr (READ) {
-        shift_logits(seen, p.k, p.e);
-        sync();
+      // -- the gates of the tile's blocks side by side, PARTS warps a block --
+      const int block = warp_index % BLOCKS, part = warp_index / BLOCKS;
+      const bool busy = block < blocks && part < PARTS;
+      const Slot mine = ring.at(block);
+      byte* shares = shared + O_SHARES + block * (SHARES * 1024);
+      Sums A;
+      if (busy) {
+        Ring at = ring;
+        at.step(block);
+        wait(at.full(), at.phase);
+        const Sums z = see(seen, mine);
+        if (part == 0) open_write_gates(seen, z, mine, w);
+        A = open_erase_gates(seen, z, mine, part, top);
+        if (part > 0)
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+            ((float4*)(shares + (part - 1) * 1024))[t * 32 + lane()] = make_float4(A.x[t][0], A.x[t][1], A.x[t][2], A.x[t][3]);
       }
-      prepare<false>(p, seen);
-      sync();
-      solve(p);
-      sync();
+      sync_state_warps();
+      if (busy) {
+        if (mine.strong()) decay_keys(mine, part);
+        if (part == 0) solve_block(A, shares, {shared + O_T + block * 512});
+      }
 
       // -- the state runs through the blocks, each warp on its own --
+      StateOperand S_in = round_to_bf16(S);
+      const bool last_tile = first + TILE >= last_of_chunk;
 #pragma unroll 1
-      for (int s = 0; s < BLOCKS; ++s) {
-        const StateOperand S_in = round_to_bf16(S);
-        if (states && s % (SAVE / BLOCK) == 0 && 16 * s < count) {
-          uint4* to = saved_state(states, sequence.state_slot(chunk, first - first_of_chunk + 16 * s), HV, head);
+      for (int s = 0; s < blocks; ++s) {
+        const Slot slot = ring.at(0);
+        const u32 base = shared_address(slot.base), right = base + lane_right<K>();
+        const int token = first + BLOCK * s, token_of_chunk = token - first_of_chunk;
+        if (states && token_of_chunk % SAVE == 0) {
+          uint4* to = saved_state(states, sequence.slot_of(chunk, token_of_chunk, SAVE), HV, head);
 #pragma unroll
-          for (int m = 0; m < COLUMNS; ++m) to[32 * m] = make_uint4(S_in.x[m].x[0], S_in.x[m].x[1], S_in.x[m].x[2], S_in.x[m].x[3]);
+          for (int m = 0; m < COLUMNS; ++m) to[32 * m] = as_uint4(S_in.x[m]);
         }
-        const Operand v_new = advance(S, S_in, p, v_o, s);
-        Sums out = times_state(S_in, p.q_in.block(s));
-        multiply(out, v_new, p.M.block(s).load(0, 0));
+        Sums r = zeros(), out = zeros();  // (b k exp G) S and (scale q exp G) S, transposed: [16 of V, 16 tokens]
+#pragma unroll
+        for (int m = 0; m < COLUMNS; ++m) {
+          multiply(r, S_in.x[m], load_right((right ^ 32 * m) + O_E));
+          multiply(out, S_in.x[m], load_right((right ^ 32 * m) + O_Q));
+        }
+        Operand v_t;
+        load_quarters_transposed(v_t.x, base + v_transposed);
+        if (s == 0) sync_state_warps();  // T is there: the warps that solved for it are behind the others until now
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const float2 a = *(const float2*)(slot.a() + 8 * t + quad_column());
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float2 y = unpack<Input>(v_t.x[2 * t + i]);
+            r.x[t][2 * i] = a.x * y.x - r.x[t][2 * i];
+            r.x[t][2 * i + 1] = a.y * y.y - r.x[t][2 * i + 1];
+          }
+        }
+        Sums edit = zeros();
+        multiply(edit, round_to_bf16(r), load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left));
+        const Operand v_new = round_to_bf16(edit);
+        if (edits) *saved_block(edits, sequence.slot_of(chunk, token_of_chunk, BLOCK), HV, head) = as_uint4(v_new);
+        const float* decay = slot.decay();
+        u32 keys = base + lane_left<K>() + O_G;
+        if (slot.strong()) {  // its keys are decayed to the block's end
+          decay_state(S, decay);
+          decay = (const float*)(shared + O_ONES);
+          keys += O_K - O_G;
+        }
+        multiply(out, v_new, load_right(base + O_M + small_right));
+#pragma unroll
+        for (int m = 0; m < COLUMNS; ++m) multiply(S.x[m], v_new, load_right_transposed(keys ^ 32 * m));
+        decay_state(S, decay);
+        S_in = round_to_bf16(S);
 #pragma unroll
         for (int t = 0; t < 2; ++t)
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[i >> 1] += out.x[t][i];
         // movmatrix moves 16-bit numbers of any format
-        const Operand rows = transpose({{pack<Input>(out.x[0][0], out.x[0][1]), pack<Input>(out.x[0][2], out.x[0][3]),
-                                         pack<Input>(out.x[1][0], out.x[1][1]), pack<Input>(out.x[1][2], out.x[1][3])}});
-        v_o.block(s).store(0, 16 * warp(), rows);
-      }
-      sync();
-      for (int i = thread; i < count * (V / 8); i += THREADS) {
-        const int row = i / (V / 8), column = 8 * (i % (V / 8));
-        *(uint4*)((byte*)o + (((sequence.begin + first + row) * HV + head) * V + column) * 2) = *(uint4*)v_o.at(row, column);
+        const Operand turned = transpose({{pack<Input>(out.x[0][0], out.x[0][1]), pack<Input>(out.x[0][2], out.x[0][3]),
+                                           pack<Input>(out.x[1][0], out.x[1][1]), pack<Input>(out.x[1][2], out.x[1][3])}});
+        slot.v().store(0, 16 * warp_index, turned);  // to leave in pieces of 16 bytes: a warp writes whole sectors
+        warp_sync();
+        if (token + (lane() >> 1) < last_of_chunk)
+          *(uint4*)(o_of_lane + (i64)token * (HV * V * 2)) = *(uint4*)(slot.base + o_piece);
+        warp_sync();
+        const bool needed = READ && another && last_tile && s >= blocks - V / 64;  // for what follows the chunk
+        if (lane() == 0 && !needed) arrive(ring.free());
+        ring.step(1);
       }
     }
 
     // -- what the next chunk's gates see --
-    const bool another = chunk + 1 < sequence.chunks;
-    if constexpr (MEAN) {
-      sums[0] = quad_sum(sums[0]), sums[1] = quad_sum(sums[1]);
-      if ((lane() & 3) == 0) {
-        total[16 * warp() + quad_row()] += sums[0];
-        total[16 * warp() + quad_row() + 8] += sums[1];
-      }
-      sync();
+    if constexpr (MEAN)
       if (another) {
-        if (means)
-          for (int i = thread; i < V; i += THREADS) means[((sequence.slot + chunk) * HV + head) * V + i] = total[i] / C;
-        for (int r = warp(); r < RANK; r += WARPS) {
-          float x = 0;
-          for (int i = lane(); i < V; i += 32) x += total[i] * seen.wide_down[i * RANK + r];
-          x = warp_sum(x);
-          if (lane() == 0) seen.raw[r] = x / C;
+        sums[0] = quad_sum(sums[0]), sums[1] = quad_sum(sums[1]);
+        if (means && (lane() & 3) == 0) {
+          means[slot_of_content * V + row] = sums[0] / C;
+          means[slot_of_content * V + row + 8] = sums[1] / C;
         }
-        sync();
-        for (int i = thread; i < V; i += THREADS) total[i] = 0;
+        const float4 down = *(const float4*)(seen.wide_down + row * RANK + 4 * (lane() & 3));
+        const float4 lower = *(const float4*)(seen.wide_down + (row + 8) * RANK + 4 * (lane() & 3));
+        const float4 raw = make_float4(
+            column_sum(sums[0] * down.x + sums[1] * lower.x), column_sum(sums[0] * down.y + sums[1] * lower.y),
+            column_sum(sums[0] * down.z + sums[1] * lower.z), column_sum(sums[0] * down.w + sums[1] * lower.w));
+        if (lane() < 4) *(float4*)(seen.raw + warp() * RANK + 4 * lane()) = raw;
+        sums[0] = sums[1] = 0;
+        sync_state_warps();
       }
-    }
     if constexpr (READ)
-      if (another) {  // the stage just used is free: S^T [V, K] goes there
-        const Matrix<K> S_t = {shared + (stage ^ 1) * STAGE};
-        const StateOperand S_bf16 = round_to_bf16(S);
+      if (another) {
+        // Z^T = P_down^T S^T; S^T goes through the slots of the last two blocks, 64 rows each, or of one block in turns
+        constexpr int HALVES = V / 64;
+        const bool in_turns = (last_of_chunk - first_of_chunk - 1) % TILE < BLOCK * (HALVES - 1);
+        const StateOperand S_in = round_to_bf16(S);
+        const auto half_state = [&](int half) { return shared_address(ring.at(RING - 1 - (in_turns ? 0 : half)).base); };
+        Sums z = zeros(), odd = zeros();
+#pragma unroll 1
+        for (int turn = 0; turn < (in_turns ? HALVES : 1); ++turn) {
+          sync_state_warps();  // none needs the slots, or what went through them in the turn before
+          if (!in_turns || warp_index / 4 == turn) {
+            const u32 pairs = half_state(warp_index / 4) + warp_index % 4 * (32 * K) + lane_pair();
 #pragma unroll
-        for (int m = 0; m < COLUMNS; ++m) S_t.store(16 * warp(), 16 * m, S_bf16.x[m]);
-        sync();
-        for (int m = warp(); m < COLUMNS; m += WARPS) {
-          Sums z = zeros();
+            for (int m = 0; m < COLUMNS; ++m) store_left(pairs ^ 32 * m, S_in.x[m]);
+          }
+          sync_state_warps();
+#pragma unroll 1
+          for (int m = warp_index; m < COLUMNS; m += STATE_WARPS) {
+#pragma unroll 1
+            for (int half = in_turns ? turn : 0; half < (in_turns ? turn + 1 : HALVES); ++half) {
+              const u32 left = shared_address(seen.down.base) + lane_left<V>();
+              const u32 right = (half_state(half) + lane_left<K>()) ^ 32 * m;
 #pragma unroll
-          for (int i = 0; i < V / 16; ++i) multiply(z, seen.down.load(0, 16 * i), S_t.load_transposed(16 * i, 16 * m));
-          seen.Z.store(0, 16 * m, round_to_bf16(z));
+              for (int i = 0; i < 4; ++i)
+                multiply(i & 1 ? odd : z, load_left(left ^ (128 * half + 32 * i)), load_right_transposed(right + i * 32 * K));
+            }
+            if (in_turns && turn == 0) continue;
+            add(z, odd);
+            store_left((shared_address(seen.rest.base) + lane_pair()) ^ 32 * m, round_to_bf16(z));
+            z = zeros(), odd = zeros();
+          }
+        }
+        sync_state_warps();
+        for (int i = 1; i <= HALVES - in_turns; ++i) {
+          Ring at = ring;
+          at.step(RING - i);
+          if (lane() == 0) arrive(at.free());
         }
       }
   }
 
   // -- the state behind the last token; a full chunk is not closed here --
   if (memory_end) store_state(memory_end + own * K * V, S);
-  sync();
   if constexpr (MEAN) {
-    if (content_end && thread < R) content_end[own * R + thread] = seen.raw[thread];
-    if (content_sum_end)
-      for (int i = thread; i < V; i += THREADS) content_sum_end[own * V + i] = total[i];
+    if (content_end && thread < R) content_end[own * R + thread] = raw_content();
+    sums[0] = quad_sum(sums[0]), sums[1] = quad_sum(sums[1]);
+    if (content_sum_end && (lane() & 3) == 0)
+      content_sum_end[own * V + row] = sums[0], content_sum_end[own * V + row + 8] = sums[1];
   }
   if constexpr (READ)
     if (content_end)
-      for (int i = thread; i < R * K / 2; i += THREADS) {
+      for (int i = thread; i < R * K / 2; i += STATE_THREADS) {
         const int r = i / (K / 2), column = 2 * (i % (K / 2));
-        const float2 z = unpack<Bf16>(seen.Z.pair(r, column));
+        const float2 z = unpack<Bf16>(seen.rest.pair(r, column));
         content_end[(own * K + column) * R + r] = z.x;
         content_end[(own * K + column + 1) * R + r] = z.y;
       }

@@ -16,6 +16,11 @@ DEVICE byte* shared_memory() {
   extern __shared__ __align__(1024) byte shared[];
   return shared;
 }
+DEVICE int lane_anew() {  // for what is rarely needed: what follows from it is not kept in registers meanwhile
+  int x;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return x;
+}
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // -- communication --
@@ -24,6 +29,9 @@ DEVICE void sync() { __syncthreads(); }
 DEVICE void warp_sync() { __syncwarp(); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
+DEVICE bool all_lanes(bool x) { return __all_sync(~0u, x); }
+DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that x is the same in the whole warp
 
 // -- arithmetic --
 
@@ -81,6 +89,7 @@ DEVICE u32 transpose_quarter(u32 x) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
+DEVICE void store_shared(u32 address, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -98,4 +107,60 @@ DEVICE void copy_4_bytes(void* to, const void* from, bool valid) {
                : "memory");
 }
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // those begun since the last call
+DEVICE void wait_for_copies_but_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }  // but the group closed last
 DEVICE void fetch_into_cache(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
+// -- global memory that is used once, or by several programs --
+
+DEVICE float4 load_once(const float* p) {  // 16 bytes, kept out of the L1 cache; asked for in the order of the source
+  float4 x;
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p));
+  return x;
+}
+DEVICE i64 load_shared_by_programs(const i64* p) { return *(const volatile i64*)p; }
+DEVICE i64 add_atomically(i64* p, i64 x) { return (i64)atomicAdd((unsigned long long*)p, (unsigned long long)x); }
+DEVICE void stop() { __trap(); }  // ends the process with an error
+
+// -- clusters: programs that reach into each other's shared memory; compute capability 9.0 --
+
+DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE float load_from_program(const float* p, int rank) {  // what lies at p in the shared memory of another
+  u32 address;
+  float x;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
+// -- synchronisation of some of a block's warps --
+
+// All `threads` that name this barrier meet.
+DEVICE void barrier(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
+// In shared memory.  Its phase, 0 at first, changes whenever as many have arrived as it was set up for.  What a warp did
+// before it arrived is seen by those who waited for the phase's end; to wait for phase 1 of a new signal returns at once.
+struct alignas(8) Signal { u32 state[2]; };
+
+DEVICE void set_up(Signal* signal, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(arrivals) : "memory");
+}
+DEVICE void arrive(Signal* signal) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(signal)) : "memory");
+}
+DEVICE bool has_ended(Signal* signal, int phase) {
+  u32 ended;
+#if __CUDA_ARCH__ >= 900  // sleeps for a while if it has not
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#else
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+#endif
+               : "=r"(ended) : "r"(shared_address(signal)), "r"(phase) : "memory");
+  return ended;
+}
+DEVICE void wait(Signal* signal, int phase) {
+  while (!has_ended(signal, phase)) {}
+}

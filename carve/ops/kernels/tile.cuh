@@ -19,18 +19,25 @@
 constexpr int K = CARVE_K, V = CARVE_V, TILE = CARVE_TILE;
 constexpr int BLOCK = 16;                 // tokens over which decay may be divided out
 constexpr int BLOCKS = TILE / BLOCK;
-constexpr int SAVE = 32;                  // tokens between two states saved for the backward
+constexpr int SAVE = 64;                  // tokens between two states saved for the backward, from a chunk's first on
 constexpr int RANK = 16;                  // R is padded to it with zeros
-constexpr int aligned(int bytes) { return (bytes + 255) / 256 * 256; }
+template <int BYTES> struct Aligned { static constexpr int bytes = (BYTES + 255) / 256 * 256; };
+#ifdef CARVE_THREADS
+constexpr int THREADS = CARVE_THREADS, WARPS = THREADS / 32;
+#else
 constexpr int WARPS = V / 16, THREADS = 32 * WARPS;
-constexpr int COLUMNS = K / 16;           // 16-column slabs of the state
+#endif
+constexpr int ROWS = V / 16, COLUMNS = K / 16;  // slabs of 16 rows and of 16 columns of the transposed state
 constexpr bool MEAN = CARVE_CONTENT == 1, READ = CARVE_CONTENT == 2, RMS = CARVE_RMS;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MILD = 57.7f;             // 40 in powers of e: exp(40) leaves fp32 and bf16 room for 1e20 on either side
 constexpr float GONE = -256.0f;           // 2^-256 is 0 in fp32: decays beyond it need no telling apart
 typedef CARVE_INPUT Input;
+template <typename X> struct IsHalf { static constexpr bool value = false; };
+template <> struct IsHalf<Fp16> { static constexpr bool value = true; };
+constexpr bool HALF = IsHalf<Input>::value;
 
-static_assert(K % 64 == 0 && V % 64 == 0 && TILE % SAVE == 0, "shapes that the kernels are written for");
+static_assert(K % 64 == 0 && V % 64 == 0 && SAVE % TILE == 0, "shapes that the kernels are written for");
 
 DEVICE int lane() { return thread_index() & 31; }
 DEVICE int warp() { return thread_index() >> 5; }
@@ -164,8 +171,9 @@ struct Sequence {
   }
   DEVICE int first(int chunk) const { return max(0, chunk * C - position); }
   DEVICE int last(int chunk) const { return min(length, (chunk + 1) * C - position); }  // one behind it
-  DEVICE i64 state_slot(int chunk, int token_of_chunk) const {
-    return (slot + chunk) * ((C + SAVE - 1) / SAVE) + token_of_chunk / SAVE;
+  // of what is saved every `tokens` tokens of a chunk
+  DEVICE i64 slot_of(int chunk, int token_of_chunk, int tokens) const {
+    return (slot + chunk) * ((C + tokens - 1) / tokens) + token_of_chunk / tokens;
   }
 };
 
@@ -398,8 +406,8 @@ DEVICE void multiply_pair_by_pair(const Prepared& p, const Content& c) {
 
 // Decays, gates, and everything that they scale.  A thread has two columns of a block.  Outputs may lie over the
 // inputs: q_in over q, bk_in over e, k_out and k_end over g.  With KEEP_G, g is replaced by G, in powers of 2.
-// Expects `strong` at 0; has barriers inside, and none at the end.
-template <bool KEEP_G> DEVICE void prepare(const Prepared& p, const Content& c) {
+// Expects `strong` at 0; has barriers inside, and none at the end.  PAIRS: whether to multiply strong blocks pair by pair.
+template <bool KEEP_G, bool PAIRS = true> DEVICE void prepare(const Prepared& p, const Content& c) {
   constexpr int JOBS = BLOCKS * K / 2, ROUNDS = JOBS > THREADS ? JOBS / THREADS : 1;
   constexpr int PARTS = JOBS < THREADS ? THREADS / JOBS : 1, TOKENS = BLOCK / PARTS;  // threads that share two columns
   const int part = PARTS > 1 ? thread_index() / JOBS : 0;
@@ -422,7 +430,7 @@ template <bool KEEP_G> DEVICE void prepare(const Prepared& p, const Content& c) 
   bool any_strong = false;
 #pragma unroll
   for (int s = 0; s < BLOCKS; ++s) any_strong |= p.strong[s] != 0;
-  if (any_strong) {
+  if (PAIRS && any_strong) {
     multiply_pair_by_pair(p, c);
     sync();
   }
@@ -536,8 +544,15 @@ DEVICE void store_state(float* memory, State& S) {
 
 // Saved states lie as the warps hold them: [slot, head, warp, column slab, lane].
 DEVICE uint4* saved_state(u32* states, i64 slot, int heads, int head) {
-  return (uint4*)states + ((slot * heads + head) * WARPS + warp()) * COLUMNS * 32 + lane();
+  return (uint4*)states + ((slot * heads + head) * ROWS + warp()) * COLUMNS * 32 + lane();
 }
+
+// The same for v_new^T of a block: [slot, head, warp, lane].
+DEVICE uint4* saved_block(u32* blocks, i64 slot, int heads, int head) {
+  return (uint4*)blocks + ((slot * heads + head) * ROWS + warp()) * 32 + lane();
+}
+DEVICE uint4 as_uint4(const Operand& a) { return make_uint4(a.x[0], a.x[1], a.x[2], a.x[3]); }
+DEVICE Operand as_operand(uint4 x) { return {{x.x, x.y, x.z, x.w}}; }
 
 DEVICE void decay_columns(State& S, const float* decay) {
 #pragma unroll
