@@ -43,8 +43,9 @@ def shared_bytes(name: str, K: int, V: int, tile: int, content: str) -> int:
         return 2 * blocks * (slot + 16) + 32 * tile + 4 * K + 64 + 256 + seen + shares
     if name == "reverse":
         content_rows = 64 * tile if content == "read" else 0
-        sums = 4 * (V + K + 16) + 8 * RANK + 4 * tile * (1 + V // 16)
-        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + small
+        sums = 4 * (2 * V + K + 16) + 8 * RANK + 4 * tile * (1 + V // 16)
+        more = wide if content == "mean" else 0  # sums of the projections' gradients
+        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + more + small
     return tile * (16 * K + 6 * V + 64 + 128 + V // 4) + narrow + small
 
 

@@ -62,7 +62,8 @@ constexpr int O_SUMS = O_ROWS + 16 * K;                            // [2][WARPS]
 constexpr int O_VALUES = O_SUMS + 16 * WARPS * COLUMNS;            // [2][COLUMNS]: a v
 constexpr int O_DOTS = O_VALUES + 8 * COLUMNS;                     // [2][WARPS]: q q, k k, q k
 constexpr int O_TOTAL = O_DOTS + 32 * WARPS;                       // [COLUMNS]: sum of a full chunk's outputs
-constexpr int O_UP = O_TOTAL + (MEAN ? 4 * COLUMNS : 0);           // [WARPS][R][ROWS]: p_up
+constexpr int O_BEGIN = O_TOTAL + (MEAN ? 4 * COLUMNS : 0);        // position before the first token
+constexpr int O_UP = O_BEGIN + 16;                                 // [WARPS][R][ROWS]: p_up
 constexpr int O_HEARD = O_UP + (SEEN ? K * R * Up::BYTES : 0);     // [WARPS][R]: parts of k^T Z
 constexpr int O_SEEN = O_HEARD + (READ ? Aligned<4 * WARPS * R>::bytes : 0);  // content
 constexpr int O_PARTS = O_SEEN + Aligned<4 * SEEN>::bytes;         // this program's part of the next content
@@ -179,7 +180,9 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
 #pragma unroll
   for (int i = 0; i < SHARE; ++i)
     total[i] = MEAN ? content_sum[own * V + first_column + min(thread + i * THREADS, COLUMNS - 1)] : 0;
-  const i64 begin = load_shared_by_programs(position + n) & 0xffffffffll, taken = lengths ? lengths[n] : T;
+  u32* halves = (u32*)(position + n);  // the lower first
+  const u32 begin = thread == 0 ? load_shared_by_programs(halves) : 0;
+  const i64 taken = lengths ? lengths[n] : T;
 
   float4 S[STEPS][PASSES];
   float* memory_of_lane = memory + (own * K + first_row + group) * V + first_column + column_of_lane;
@@ -189,10 +192,15 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     for (int pass = 0; pass < PASSES; ++pass)
       S[s][pass] = load_once(memory_of_lane + s * GROUPS * V + pass * 4 * LANES);
 
-  if (begin >= C || taken < 0 || taken > T) stop();
-  int at = (int)begin;
+  if (begin >= (u32)C || taken < 0 || taken > T) stop();
   const int count = (int)taken;
-  bool last = false, closed = false;
+  u32 arrivals = 0;  // of other programs, before this one
+  if (thread == 0) {
+    *(int*)(shared + O_BEGIN) = (int)begin;
+    if (update && count) arrivals = add_atomically(halves + 1, 1);
+  }
+  int at = 0;
+  bool closed = false;
 
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
@@ -283,7 +291,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
       if constexpr (LEFT == 1) *to = y[0];
     }
     sync();
-    if (t == 0 && thread == 0 && update) last = add_atomically(position + n, 1ll << 32) >> 32 == HV * SPLIT - 1;
+    if (t == 0) at = *(int*)(shared + O_BEGIN);
 
     // -- the state behind the token --
     float qq_all = 0, kk_all = 0, qk_all = 0;
@@ -417,5 +425,5 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     if (closed && rank == 0)
 #pragma unroll 1
       for (int i = thread; i < SEEN; i += THREADS) content[own * SEEN + i] = seen[i];
-  if (last) position[n] = at;
+  if (thread == 0 && arrivals == HV * SPLIT - 1) position[n] = at;
 }

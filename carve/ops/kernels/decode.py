@@ -18,6 +18,7 @@ RANK = 64  # largest R
 LONGEST = 2**30  # largest chunk_size; the kernel counts tokens of a chunk in 32 bits
 SPLITS = (1, 2, 4, 8)  # programs of a head
 HELD = 2**15  # numbers of the state that a program holds in registers, at most
+COLUMNS = 128  # of a program, more only if need be: beyond, registers are left for one program a processor
 
 
 # -- what the kernel serves, and how it is launched --
@@ -35,7 +36,7 @@ def shared_bytes(K: int, V: int, R: int, split: int, content: str, up: int) -> i
     seen = {"blind": 0, "mean": R, "read": K * R}[content]
     size = 16 * K + 16 * warps * columns + 8 * columns + 32 * warps
     size += 4 * columns * (content == "mean") + up * K * R * (seen > 0) + 4 * warps * R * (content == "read")
-    return size + 8 * seen + 3 * 16
+    return size + 8 * seen + 4 * 16
 
 
 @compiler.constant
@@ -56,7 +57,7 @@ def choose_split(heads: int, K: int, V: int, R: int, content: str, up: int, devi
         and shared_bytes(K, V, R, split, content, up) <= gpu.shared_room
         and (split == 1 or not meets or gpu.capability >= (9, 0))
     ]
-    filling = [split for split in fitting if heads * split >= 2 * processors(device)]
+    filling = [split for split in fitting if heads * split >= 2 * processors(device) and V // split <= COLUMNS]
     return next(iter(filling[:1] or fitting[-1:]), None)
 
 

@@ -40,11 +40,6 @@ DEVICE Sums widen(const Operand& a) {
   return y;
 }
 
-// What blocks leave in shared memory as the warps hold it, v_new^T and dr^T: [block, warp, lane].
-DEVICE Operand kept_block(const byte* base, int block, int row_slab) {
-  return as_operand(((const uint4*)base)[(block * ROWS + row_slab) * 32 + lane()]);
-}
-
 DEVICE void scale_by_rows(Sums& x, const float (&by)[2]) {
 #pragma unroll
   for (int t = 0; t < 2; ++t)
@@ -133,24 +128,36 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
                 {shared + O_K_OUT}, {shared + O_K_END}, {}, {}, nullptr,
                 (float*)(shared + O_DECAY), (float*)(shared + O_WRITE), (float*)(shared + O_W), (int*)(shared + O_STRONG),
                 scale, top, w != nullptr};
-  const Matrix<V> d = {shared + O_D};
-  const byte *v_new = shared + O_EDITS, *dr = shared + O_DR;
+  const Matrix<V> d = {shared + O_D}, v_new = {shared + O_EDITS}, dr = {shared + O_DR};
   const Matrix<16> dM = {shared + O_DM}, dA = {shared + O_DA};        // [TILE, 16]
   float *dM_wide = (float*)(shared + O_PAIRS), *dA_wide = dM_wide + BLOCKS * 256;  // the same in fp32, [BLOCKS, 16, 16]
   float* dw = (float*)(shared + O_DW);                                // partial gradients of the write gate, [ROWS, TILE]
 
   // -- inputs --
+  const i64 state_at = (state_slot * HV + head) * ROWS * COLUMNS * 32 + (warp() % COLUMNS) * 32 + lane();
+  const uint4 *own_states = (const uint4*)states + state_at, *own_d_states = (const uint4*)d_states + state_at;
+  uint4 next_S = own_states[0], next_dS = own_d_states[0];
   copy_rows(p.g, g, token, count, H_g, g_head);
   copy_rows(p.k, k, token, count, H, key_head);
   copy_rows(p.q, q, token, count, H, key_head);
   copy_rows(p.e, e, token, count, H_e, e_head);
   copy_rows(d, d_o, token, count, HV, head);
-  for (int i = thread; i < BLOCKS * ROWS * 32; i += THREADS) {
-    const int s = i / (ROWS * 32), within = i % (ROWS * 32);
-    const i64 at = ((block_slot + s) * HV + head) * (ROWS * 32) + within;
-    const bool valid = 16 * s < count;
-    copy_16_bytes((uint4*)(shared + O_EDITS) + i, (const uint4*)edits + (valid ? at : 0), valid);
-    copy_16_bytes((uint4*)(shared + O_DR) + i, (const uint4*)d_edits + (valid ? at : 0), valid);
+  // v_new, dr and v: what this warp has of the tile's pieces, a block's 16 rows of V each; read now, used below
+  constexpr int PIECES = BLOCKS * ROWS / WARPS;
+  static_assert(PIECES * WARPS == BLOCKS * ROWS, "every warp has as many pieces");
+  uint4 v_new_piece[PIECES], dr_piece[PIECES];
+  u32 v_piece[PIECES][4];
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i) {
+    const int job = warp() + i * WARPS, s = job / ROWS, m = job % ROWS;
+    const i64 at = (((block_slot + s) * HV + head) * ROWS + m) * 32 + lane();
+    v_new_piece[i] = dr_piece[i] = make_uint4(0, 0, 0, 0);
+    if (16 * s < count) v_new_piece[i] = ((const uint4*)edits)[at], dr_piece[i] = ((const uint4*)d_edits)[at];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = 16 * s + quad_row() + 8 * (j & 1), column = 16 * m + 8 * (j >> 1) + quad_column();
+      v_piece[i][j] = row < count ? ((const u32*)v)[(((token + row) * HV + head) * V + column) / 2] : 0;
+    }
   }
   if (w && thread < TILE) copy_4_bytes(p.w + thread, w + (token + min(thread, count - 1)) * HV + head, thread < count);
   if (thread < BLOCKS) p.strong[thread] = 0;
@@ -163,6 +170,12 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
     load_projections(seen, p_down, p_up, p_write, head);
     for (int i = thread; i < RANK * K / 2; i += THREADS)
       ((u32*)seen.Z.base)[i] = ((const u32*)contents)[slot * (RANK * K / 2) + i];
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i) {
+    const int job = warp() + i * WARPS, s = job / ROWS, m = job % ROWS;
+    v_new.block(s).store(0, 16 * m, transpose(as_operand(v_new_piece[i])));
+    dr.block(s).store(0, 16 * m, transpose(as_operand(dr_piece[i])));
   }
   wait_for_copies();
   sync();
@@ -189,7 +202,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
     Sums sums = zeros();
 #pragma unroll
     for (int m = 0; m < ROWS; ++m)
-      multiply(sums, for_M ? d.block(s).load(0, 16 * m) : negate(transpose(kept_block(dr, s, m))), transpose(kept_block(v_new, s, m)));
+      multiply(sums, for_M ? d.block(s).load(0, 16 * m) : negate(dr.block(s).load(0, 16 * m)), v_new.block(s).load(0, 16 * m));
     float* wide = (for_M ? dM_wide : dA_wide) + s * 256;
     for_each(sums, [&](float& x, int i, int j) {
       x = i > j || (for_M && i == j) ? x : 0;
@@ -197,24 +210,22 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
     });
     (for_M ? dM : dA).block(s).store(0, 0, round_to_bf16(sums));
   }
-  for (int job = warp(); job < BLOCKS * ROWS; job += WARPS) {
-    const int s = job / ROWS, m = job % ROWS;
-    const Operand rows = transpose(kept_block(dr, s, m));
+#pragma unroll
+  for (int i = 0; i < PIECES; ++i) {
+    const int job = warp() + i * WARPS, s = job / ROWS, m = job % ROWS;
+    const Operand rows = dr.block(s).load(0, 16 * m);
     float sums[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 16 * s + quad_row() + 8 * (i & 1), column = 16 * m + 8 * (i >> 1) + quad_column();
-      if (row < count) {
-        const i64 at = (((token + row) * HV + head) * V + column) / 2;
-        const float2 x = unpack<Input>(((const u32*)v)[at]), y = unpack<Bf16>(rows.x[i]);
-        sums[i & 1] += x.x * y.x + x.y * y.y;
-        ((u32*)d_v)[at] = pack<Input>(p.a[row] * y.x, p.a[row] * y.y);
-      }
+    for (int j = 0; j < 4; ++j) {
+      const int row = 16 * s + quad_row() + 8 * (j & 1), column = 16 * m + 8 * (j >> 1) + quad_column();
+      const float2 x = unpack<Input>(v_piece[i][j]), y = unpack<Bf16>(rows.x[j]);
+      sums[j & 1] += x.x * y.x + x.y * y.y;
+      if (row < count) ((u32*)d_v)[(((token + row) * HV + head) * V + column) / 2] = pack<Input>(p.a[row] * y.x, p.a[row] * y.y);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sums[i] = quad_sum(sums[i]);
-      if ((lane() & 3) == 0) dw[m * TILE + 16 * s + quad_row() + 8 * i] = sums[i];
+    for (int j = 0; j < 2; ++j) {
+      sums[j] = quad_sum(sums[j]);
+      if ((lane() & 3) == 0) dw[m * TILE + 16 * s + quad_row() + 8 * j] = sums[j];
     }
   }
   sync();
@@ -234,20 +245,19 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
   for (int j = 0; j < HALF_BLOCKS; ++j) dq_in[j] = dk_in[j] = dk_end[j] = zeros(), behind[j][0] = behind[j][1] = 0;
 #pragma unroll 1
   for (int m = 0; m < ROWS; ++m) {
-    const i64 at = ((state_slot * HV + head) * ROWS + m) * COLUMNS * 32 + (warp() % COLUMNS) * 32 + lane();
-    Sums S = widen(transpose(as_operand(((const uint4*)states)[at])));
-    Sums dS = widen(transpose(as_operand(((const uint4*)d_states)[at])));
+    Sums S = widen(transpose(as_operand(next_S))), dS = widen(transpose(as_operand(next_dS)));
+    if (m + 1 < ROWS) next_S = own_states[(m + 1) * COLUMNS * 32], next_dS = own_d_states[(m + 1) * COLUMNS * 32];
 
     auto step = [&](int s) {  // S from before block s to behind it
       const float decay[2] = {p.decay[s * K + first_column + quad_row()], p.decay[s * K + first_column + quad_row() + 8]};
       scale_by_rows(S, decay);
-      multiply(S, p.k_end.block(s).load_transposed(0, first_column), kept_block(v_new, s, m));
+      multiply(S, p.k_end.block(s).load_transposed(0, first_column), v_new.block(s).load_transposed(0, 16 * m));
     };
     auto step_back = [&](int s) {  // dS from behind block s to before it
       const float decay[2] = {p.decay[s * K + first_column + quad_row()], p.decay[s * K + first_column + quad_row() + 8]};
       scale_by_rows(dS, decay);
       multiply(dS, p.q_in.block(s).load_transposed(0, first_column), d.block(s).load_transposed(0, 16 * m));
-      multiply(dS, negate(p.bk_in.block(s).load_transposed(0, first_column)), kept_block(dr, s, m));
+      multiply(dS, negate(p.bk_in.block(s).load_transposed(0, first_column)), dr.block(s).load_transposed(0, 16 * m));
     };
 
 #pragma unroll 1
@@ -258,7 +268,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
       const int s = first_block + j;
       const Operand S_in = round_to_bf16(S);
       multiply(dq_in[j], d.block(s).load(0, 16 * m), S_in);
-      multiply(dk_in[j], negate(transpose(kept_block(dr, s, m))), S_in);
+      multiply(dk_in[j], negate(dr.block(s).load(0, 16 * m)), S_in);
       step(s);
       S_behind[j] = S;
     }
@@ -267,7 +277,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
 #pragma unroll
     for (int j = HALF_BLOCKS - 1; j >= 0; --j) {
       const int s = first_block + j;
-      multiply(dk_end[j], transpose(kept_block(v_new, s, m)), round_to_bf16(dS));
+      multiply(dk_end[j], v_new.block(s).load(0, 16 * m), round_to_bf16(dS));
 #pragma unroll
       for (int t = 0; t < 2; ++t)
 #pragma unroll

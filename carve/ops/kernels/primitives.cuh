@@ -119,8 +119,12 @@ DEVICE float4 load_once(const float* p) {  // 16 bytes, kept out of the L1 cache
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p));
   return x;
 }
-DEVICE i64 load_shared_by_programs(const i64* p) { return *(const volatile i64*)p; }
-DEVICE i64 add_atomically(i64* p, i64 x) { return (i64)atomicAdd((unsigned long long*)p, (unsigned long long)x); }
+DEVICE u32 load_shared_by_programs(const u32* p) { return *(const volatile u32*)p; }
+DEVICE u32 add_atomically(u32* p, u32 x) {  // returns what was there; not by atomicAdd, which waits for it at once
+  u32 y;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;" : "=r"(y) : "l"(p), "r"(x) : "memory");
+  return y;
+}
 DEVICE void stop() { __trap(); }  // ends the process with an error
 
 // -- clusters: programs that reach into each other's shared memory; compute capability 9.0 --

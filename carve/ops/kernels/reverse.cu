@@ -15,8 +15,8 @@
 // which is a product over V; it is done when a tile's dr are all there, by the warp that has the columns of K.
 
 static_assert(TILE == SAVE, "a tile begins where a state was saved");
+constexpr bool PREFETCH = true;
 constexpr int SLABS = (COLUMNS + WARPS - 1) / WARPS;                    // slabs of 16 columns that a warp has
-constexpr int DOWN_SHARE = V * RANK / THREADS, UP_SHARE = RANK * K / THREADS;  // of the projections' gradients
 
 constexpr int O_Q = 0, O_K = O_Q + TILE * K * 2, O_E = O_K + TILE * K * 2, O_G = O_E + TILE * K * 2;
 constexpr int O_BK_IN = O_G + TILE * K * 4, O_D = O_BK_IN + TILE * K * 2, O_EDITS = O_D + TILE * V * 2;
@@ -24,11 +24,12 @@ constexpr int O_DR = O_EDITS + TILE * V * 2, O_M = O_DR + TILE * V * 2, O_T = O_
 constexpr int O_DECAY = O_A + TILE * 64, O_W = O_DECAY + BLOCKS * K * 4, O_WRITE = O_W + TILE * 4;
 constexpr int O_STRONG = O_WRITE + TILE * 4, O_DLOGIT = O_STRONG + 64, O_DA = O_DLOGIT + TILE * 4;
 constexpr int O_DZ = O_DA + WARPS * TILE * 4, O_DSUM = O_DZ + (READ ? 2 * TILE * 32 : 0), O_DCONTENT = O_DSUM + V * 4;
-constexpr int O_DSHIFT = O_DCONTENT + 2 * RANK * 4, O_CONTENT = O_DSHIFT + (K + 16) * 4;
+constexpr int O_MEAN = O_DCONTENT + 2 * RANK * 4, O_DSHIFT = O_MEAN + V * 4, O_CONTENT = O_DSHIFT + (K + 16) * 4;
 constexpr int O_DOWN = Aligned<O_CONTENT + (4 * RANK + K + TILE) * 4>::bytes;
 constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0);
 constexpr int O_Z = O_UP + (READ ? RANK * K * 2 : MEAN ? RANK * K * 4 : 0);
-constexpr int SHARED_BYTES = O_Z + (READ ? RANK * K * 2 : 0);
+constexpr int O_SUMS = O_Z + (READ ? RANK * K * 2 : 0);
+constexpr int SHARED_BYTES = O_SUMS + (MEAN ? RANK * (V + K) * 4 : 0);
 
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
 
@@ -47,9 +48,6 @@ DEVICE Sums widen(const Operand& a) {
   }
   return y;
 }
-
-// What blocks leave in shared memory as the warps hold it, v_new^T and dr^T: [block, warp, lane].
-DEVICE uint4* kept_block(byte* base, int block, int row_slab) { return (uint4*)base + (block * ROWS + row_slab) * 32 + lane(); }
 
 // Inputs as in the forward, and what it saved; gradients of o and of the state behind the last token (null for zero).
 // Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, V + K + 4]: what the
@@ -76,11 +74,10 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
                 {shared + O_G}, {shared + O_G + TILE * K * 2}, {shared + O_M}, {shared + O_T}, (float*)(shared + O_A),
                 (float*)(shared + O_DECAY), (float*)(shared + O_WRITE), (float*)(shared + O_W), (int*)(shared + O_STRONG),
                 scale, top, w != nullptr};
-  const Matrix<V> d = {shared + O_D};
+  const Matrix<V> d = {shared + O_D}, v_new = {shared + O_EDITS}, dr = {shared + O_DR};
   const Matrix<K> dx = p.bk_in;         // gradient of the erase logits, once b k exp G is no longer needed ("read")
   const Matrix<16> dA_bf16 = p.T;       // once T is no longer needed
   float* dA_wide = p.A;                 // the same in fp32, [BLOCKS][16 (i)][16 (j)]
-  byte *v_new = shared + O_EDITS, *dr = shared + O_DR;
   const Matrix<16> dz = {shared + O_DZ}, z = {shared + O_DZ + TILE * 32};  // [TILE, RANK] ("read")
   const Matrix<16> dZ_shared = {shared + O_DZ};                            // [K, RANK], after them
   float* da = (float*)(shared + O_DA);              // partial gradients of the write gate, [WARPS, TILE]
@@ -88,7 +85,9 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
   float* d_sum = (float*)(shared + O_DSUM);         // gradient of the running sum of outputs, [V] ("mean")
   float* d_raw = (float*)(shared + O_DCONTENT);     // gradient of the content, [RANK] ("mean")
   float* d_z = d_raw + RANK;                        // gradient of its norm
+  float* mean = (float*)(shared + O_MEAN);          // of the outputs of the chunk before, [V] ("mean")
   float* d_shift = (float*)(shared + O_DSHIFT);     // gradient of the gates' shifts, [K] and [1] ("mean")
+  float *d_down_sum = (float*)(shared + O_SUMS), *d_up_sum = d_down_sum + V * RANK;  // [V, RANK], [RANK, K] ("mean")
   const bool into_write = (MEAN || READ) && w && p_write;
   static_assert(K * 32 <= 2 * TILE * 32, "dZ lies over dz and z");
 
@@ -96,7 +95,6 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
   State dS = load_state(d_memory_end ? d_memory_end + own * K * V : nullptr);
   load_projections(seen, p_down, p_up, p_write, head);
   Sums dZ[SLABS], d_up[SLABS], d_down = zeros();  // "read": [16 of K, RANK], [RANK, 16 of K], [16 of V, RANK]
-  float d_down_share[DOWN_SHARE] = {}, d_up_share[UP_SHARE] = {};  // "mean": of [V, RANK] and [RANK, K]
   float d_write[2][2] = {}, d_erase_shift[SLABS][2][2] = {}, d_write_shift = 0;
 #pragma unroll
   for (int i = 0; i < SLABS; ++i) {
@@ -109,6 +107,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
   }
   if constexpr (MEAN) {
     if (thread < RANK) d_raw[thread] = d_content_end && thread < R ? d_content_end[own * R + thread] : 0;
+    for (int i = thread; i < RANK * (V + K); i += THREADS) d_down_sum[i] = 0;
     for (int i = thread; i < V; i += THREADS) d_sum[i] = d_content_sum_end ? d_content_sum_end[own * V + i] : 0;
   }
 
@@ -122,6 +121,8 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
         ((u32*)seen.Z.base)[i] = ((const u32*)contents)[slot * (RANK * K / 2) + i];
     set_shifts(seen);
     if constexpr (MEAN) {
+      if (chunk > 0)
+        for (int i = thread; i < V; i += THREADS) mean[i] = means[((sequence.slot + chunk - 1) * HV + head) * V + i];
       float* to = passed + slot * (V + K + 4);
       for (int i = thread; i < V; i += THREADS) to[i] = d_sum[i];
       for (int i = thread; i < K; i += THREADS) to[V + i] = seen.erase_shift[i];
@@ -140,14 +141,29 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
       copy_rows(p.q, q, token, count, H, key_head);
       copy_rows(p.e, e, token, count, H_e, e_head);
       copy_rows(d, d_o, token, count, HV, head);
-      if constexpr (MEAN || READ)
+      uint4 v_new_piece[BLOCKS];
+      if constexpr (MEAN || READ) {
 #pragma unroll
         for (int s = 0; s < BLOCKS; ++s)
-          copy_16_bytes(kept_block(v_new, s, warp()), saved_block((u32*)edits, block_slot + min(s, blocks - 1), HV, head), s < blocks);
+          v_new_piece[s] = s < blocks ? *saved_block((u32*)edits, block_slot + s, HV, head) : make_uint4(0, 0, 0, 0);
+        const byte* state = (const byte*)states + (state_slot * HV + head) * (2 * K * V);  // read when dr are all there
+        for (int i = thread; i < 2 * K * V / 128; i += THREADS) fetch_into_cache(state + 128 * i);
+      }
       if (w && thread < TILE) copy_4_bytes(p.w + thread, w + (token + min(thread, count - 1)) * HV + head, thread < count);
       if (thread < BLOCKS) p.strong[thread] = 0;
+      if constexpr (MEAN || READ)
+#pragma unroll
+        for (int s = 0; s < BLOCKS; ++s) v_new.block(s).store(0, 16 * warp(), transpose(as_operand(v_new_piece[s])));
       wait_for_copies();
       sync();
+      if (PREFETCH && first > 0) {  // the next tile, or about that
+        const int some = min(TILE, first);
+        fetch_rows<K, 4>(g, token - some, some, H_g, g_head);
+        fetch_rows<K, 2>(k, token - some, some, H, key_head);
+        fetch_rows<K, 2>(q, token - some, some, H, key_head);
+        fetch_rows<K, 2>(e, token - some, some, H_e, e_head);
+        fetch_rows<V, 2>(d_o, token - some, some, HV, head);
+      }
 
       // -- as in the forward: gates, decays, the triangular systems; and d --
       if constexpr (READ) {
@@ -181,7 +197,8 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
         multiply(dr_sums, round_to_bf16(dv_new), p.T.block(s).load_transposed(0, 0));
         const Operand dr_rows = round_to_bf16(dr_sums);
         *saved_block(d_edits, block_slot + s, HV, head) = as_uint4(dr_rows);
-        if constexpr (MEAN || READ) *kept_block(dr, s, warp()) = as_uint4(dr_rows);
+        const Operand dr_t = transpose(dr_rows);
+        if constexpr (MEAN || READ) dr.block(s).store(0, 16 * warp(), dr_t);
         decay_columns(dS, p.decay + s * K);
 #pragma unroll
         for (int m = 0; m < COLUMNS; ++m) {
@@ -189,7 +206,6 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
           multiply(dS.x[m], negate(dr_rows), p.bk_in.block(s).load_transposed(0, 16 * m));
         }
         if (into_write) {
-          const Operand dr_t = transpose(dr_rows);
           float sums[2] = {0, 0};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -214,7 +230,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
           Sums sums = zeros();
 #pragma unroll
           for (int m = 0; m < ROWS; ++m)
-            multiply(sums, negate(transpose(as_operand(*kept_block(dr, s, m)))), transpose(as_operand(*kept_block(v_new, s, m))));
+            multiply(sums, negate(dr.block(s).load(0, 16 * m)), v_new.block(s).load(0, 16 * m));
           for_each(sums, [&](float& x, int i, int j) {
             x = i > j ? x : 0;
             dA_wide[(s * 16 + i) * 16 + j] = x;
@@ -249,7 +265,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
             Sums dk_in = zeros();
 #pragma unroll
             for (int m = 0; m < ROWS; ++m)
-              multiply(dk_in, negate(transpose(as_operand(*kept_block(dr, s, m)))), round_to_bf16(S[m]));
+              multiply(dk_in, negate(dr.block(s).load(0, 16 * m)), round_to_bf16(S[m]));
             if (!strong) multiply(dk_in, dA_bf16.block(s).load(0, 0), p.k_out.block(s).load_transposed(0, first_column));
 
             Operand dx_rows;
@@ -293,7 +309,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
                 for (int t = 0; t < 2; ++t)
 #pragma unroll
                   for (int i = 0; i < 4; ++i) S[m].x[t][i] *= decay[i >> 1];
-                multiply(S[m], k_end, as_operand(*kept_block(v_new, s, m)));
+                multiply(S[m], k_end, v_new.block(s).load_transposed(0, 16 * m));
               }
             }
           }
@@ -389,11 +405,8 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
       }
       sync();
       const float d_shift_write = d_shift[K + 1] + (TILE > 32 ? d_shift[K + 2] : 0);
-#pragma unroll
-      for (int i = 0; i < UP_SHARE; ++i) {
-        const int at = thread + i * THREADS;
-        d_up_share[i] += seen.z[at / K] * d_shift[at % K];
-      }
+#pragma unroll 1
+      for (int i = thread; i < RANK * K; i += THREADS) d_up_sum[i] += seen.z[i / K] * d_shift[i % K];
       if (thread < RANK) d_write[0][0] += seen.z[thread] * d_shift_write;
       for (int r = warp(); r < RANK; r += WARPS) {
         float x = 0;
@@ -416,16 +429,15 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
       }
       sync();
       if (chunk > 0) {
-        const float* mean = means + ((sequence.slot + chunk - 1) * HV + head) * V;
-#pragma unroll
-        for (int i = 0; i < DOWN_SHARE; ++i) {
-          const int at = thread + i * THREADS;
-          d_down_share[i] += mean[at / RANK] * d_raw[at % RANK];
-        }
+#pragma unroll 1
+        for (int i = thread; i < V * RANK; i += THREADS) d_down_sum[i] += mean[i / RANK] * d_raw[i % RANK];
         for (int i = thread; i < V; i += THREADS) {
           float x = 0;
 #pragma unroll
-          for (int r = 0; r < RANK; ++r) x += seen.wide_down[i * RANK + r] * d_raw[r];
+          for (int r = 0; r < RANK; r += 4) {
+            const float4 down = *(const float4*)(seen.wide_down + i * RANK + r);
+            x += (down.x * d_raw[r] + down.y * d_raw[r + 1]) + (down.z * d_raw[r + 2] + down.w * d_raw[r + 3]);
+          }
           d_sum[i] = x / C;
         }
         sync();
@@ -441,16 +453,9 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
     if (d_content && thread < R) d_content[own * R + thread] = d_raw[thread];
     if (d_content_sum)
       for (int i = thread; i < V; i += THREADS) d_content_sum[own * V + i] = d_sum[i];
-#pragma unroll
-    for (int i = 0; i < DOWN_SHARE; ++i) {
-      const int at = thread + i * THREADS;
-      if (at % RANK < R) d_p_down[(own * V + at / RANK) * R + at % RANK] = d_down_share[i];
-    }
-#pragma unroll
-    for (int i = 0; i < UP_SHARE; ++i) {
-      const int at = thread + i * THREADS;
-      if (at / K < R) d_p_up[own * R * K + at] = d_up_share[i];
-    }
+    for (int i = thread; i < V * RANK; i += THREADS)
+      if (i % RANK < R) d_p_down[(own * V + i / RANK) * R + i % RANK] = d_down_sum[i];
+    for (int i = thread; i < R * K; i += THREADS) d_p_up[own * R * K + i] = d_up_sum[i];
     if (thread < R) d_p_write[own * R + thread] = d_write[0][0];
   }
   if constexpr (READ) {
