@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carve.ops import CarveState, chunk_carve, recurrent_carve
+from carve.ops import CarveState, chunk_carve, decode_carve, recurrent_carve
 from carve.ops.api import check_cu_seqlens
+from carve.ops.state import each
+
+DRAFT = 16  # as many tokens at once, behind others, are still a matter of decoding
 
 # What each kind of layer has: an erase gate a channel or a head; a write gate a head or a value, or the
 # erase gate's own ("tied"); a decay a channel or a head.
@@ -47,6 +50,10 @@ class MixerState(NamedTuple):
         """The sequences at `indices` (`[M]` int64): to reorder, repeat or drop."""
         conv = self.conv.index_select(0, indices.to(self.conv.device))
         return MixerState(conv, self.memory.select(indices), self.chunk_size)
+
+
+def contiguous_copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def set_initial_values(module: Any) -> None:
@@ -85,33 +92,41 @@ class ShortConvolution(nn.Module):
             y `[B, T, D]`, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`.
         """
         T, lags = x.shape[1], self.weight.shape[1] - 1
+        weight = self.weight.to(x.dtype)  # under autocast x is narrower, and is to stay so
+        past = None if past is None else past.to(x.dtype)
         if cu_seqlens is None:
             past = x.new_zeros(x.shape[0], lags, x.shape[2]) if past is None else past
             extended = torch.cat([past, x], dim=1)
-            y = x * self.weight[:, lags]
+            y = x * weight[:, lags]
             for j in reversed(range(lags)):
-                y = y + extended[:, j : j + T] * self.weight[:, j]
+                y = y + extended[:, j : j + T] * weight[:, j]
             return F.silu(y), extended[:, T:].clone()  # a view would keep all of x alive
 
-        lengths = cu_seqlens.diff()
-        N = len(lengths)
-        past = x.new_zeros(N, lags, x.shape[2]) if past is None else past
-        sequence = torch.repeat_interleave(torch.arange(N, device=x.device), lengths, output_size=T)
-        local = torch.arange(T, device=x.device) - cu_seqlens[sequence]
-        y = x[0] * self.weight[:, lags]
-        for lag in range(1, lags + 1):  # of the packed neighbours, those in the same sequence
-            same = (local[lag:] >= lag).unsqueeze(-1)
-            y = y + F.pad(x[0, : max(T - lag, 0)] * same, (0, 0, min(lag, T), 0)) * self.weight[:, lags - lag]
-        reaches = local.unsqueeze(-1) < torch.arange(1, lags + 1, device=x.device)  # [T, lags], into the past
-        token, behind = reaches.nonzero(as_tuple=True)
-        seen = past[sequence[token], lags - 1 + local[token] - behind]
-        y = y.index_add(0, token, seen * self.weight.T[lags - 1 - behind])
+        cu_seqlens = cu_seqlens.to(x.device, torch.int64)
+        lengths, times = cu_seqlens.diff().unsqueeze(-1), torch.arange(T, device=x.device)
+        sequence = torch.bucketize(times, cu_seqlens[1:], right=True)
+        local = times - cu_seqlens[sequence]
+        extended = F.pad(x[0], (0, 0, lags, 0))
+        y = x[0] * weight[:, lags]
+        for j in reversed(range(lags)):  # of the packed neighbours, those in the same sequence
+            same = (local >= lags - j).unsqueeze(-1)
+            y = y + torch.where(same, extended[j : j + T], 0) * weight[:, j]
 
-        at = lengths.unsqueeze(-1) - lags + torch.arange(lags, device=x.device)  # [N, lags], negative in the past
-        held = torch.cat([past.flatten(0, 1), x[0]])
-        before = torch.arange(N, device=x.device).unsqueeze(-1) * lags + lags + at
-        rows = torch.where(at < 0, before, N * lags + cu_seqlens[:-1].unsqueeze(-1) + at)
-        return F.silu(y).unsqueeze(0), held[rows]
+        lag = torch.arange(lags, device=x.device)
+        at = lengths - lags + lag  # [N, lags], the last tokens, negative in the past
+        last = extended[(cu_seqlens[:-1].unsqueeze(-1) + lags + at).clamp(min=0)]
+        last = torch.where((at >= 0).unsqueeze(-1), last, 0)
+        if past is not None:
+            behind = torch.take_along_dim(past, (lags + at).clamp(max=lags - 1).unsqueeze(-1), dim=1)
+            last = torch.where((at >= 0).unsqueeze(-1), last, behind)
+            if T and lags:  # add what the first tokens see of the past
+                after = F.pad(past, (0, 0, 0, lags))
+                seen = torch.stack([after[:, j : j + lags] * weight[:, j] for j in range(lags)]).sum(0)
+                held = lag < lengths
+                rows = torch.where(held, cu_seqlens[:-1].unsqueeze(-1) + lag, 0)
+                seen = torch.where(held.unsqueeze(-1), seen, 0)
+                y = y.index_add(0, rows.flatten(), seen.flatten(0, 1))
+        return F.silu(y).unsqueeze(0), last
 
 
 class GatedRMSNorm(nn.Module):
@@ -152,6 +167,9 @@ class CarveMixer(nn.Module):
         norm_eps: epsilon of the output norm.
 
     Parameters whose `_no_weight_decay` is true are not to be decayed.
+
+    Around the op lie many small steps over the whole sequence (convolution, norms, gates). On a GPU,
+    `torch.compile(layer)` makes a few of them, in one graph.
 
     Raises:
         ValueError: an argument is not one of those listed, or the sizes do not fit.
@@ -269,7 +287,7 @@ class CarveMixer(nn.Module):
         q, k, v = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, HV, V)
 
         wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round a weak decay to none
-        dt = F.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
+        dt = F.softplus(self.decay_proj(x) + self.dt_bias.to(wide))
         g = -self.A_log.to(wide).exp().unsqueeze(-1) * dt.unflatten(-1, (H, -1))  # [B, T, H, K or 1]
         e = self.erase_proj(x)
         if self.gates["erase"] == "channel":
@@ -283,10 +301,10 @@ class CarveMixer(nn.Module):
             v, w = w.sigmoid().view(v.shape) * v, None
 
         op = {"q": q, "k": k, "v": v, "g": g.expand(B, T, H, K), "e": e, "w": w, "qk_l2norm": True}
-        op |= {"chunk_size": self.chunk_size, "allow_neg_eigval": self.allow_neg_eigval}
+        op.update(chunk_size=self.chunk_size, allow_neg_eigval=self.allow_neg_eigval)
         if self.content is not None:
-            op |= {"p_down": self.p_down, "p_up": self.p_up, "p_write": self.p_write}
-            op |= {"content": self.content, "content_norm": self.content_norm}
+            op.update(p_down=self.p_down, p_up=self.p_up, p_write=self.p_write)
+            op.update(content=self.content, content_norm=self.content_norm)
         return op, last
 
     def forward(
@@ -311,12 +329,17 @@ class CarveMixer(nn.Module):
         N = x.shape[0]
         if cu_seqlens is not None:
             N = len(check_cu_seqlens(cu_seqlens, *x.shape[:2])) - 1
-        past, memory = (None, None) if state is None else state[:2]
+        past, memory = (None, None) if state is None else (state.conv, state.memory)
         if state is not None:
             self.check_state(state, N)
         op, last = self.project(x, past, cu_seqlens)
-        run = recurrent_carve if x.shape[1] == 1 else chunk_carve
-        o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
+        decoding = x.is_cuda and x.shape[1] <= DRAFT and cu_seqlens is None and not torch.is_grad_enabled()
+        if memory is not None and decoding:
+            memory = CarveState(*each(contiguous_copy, memory))  # which is moved; who called keeps his
+            o = decode_carve(**op, state=memory)
+        else:
+            run = recurrent_carve if x.shape[1] == 1 else chunk_carve
+            o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
         assert memory is not None
         y = self.norm(o, self.gate_proj(x).view(o.shape))
         return self.o_proj(y.flatten(2)), MixerState(last, memory, self.chunk_size)

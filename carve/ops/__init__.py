@@ -13,6 +13,7 @@ Start with `recurrence.py`: it is the definition. `chunked.py` computes the same
 """
 
 from carve.ops.api import carve_gates, chunk_carve, recurrent_carve
+from carve.ops.decode import decode_carve
 from carve.ops.state import CarveState
 
-__all__ = ["CarveState", "carve_gates", "chunk_carve", "recurrent_carve"]
+__all__ = ["CarveState", "carve_gates", "chunk_carve", "decode_carve", "recurrent_carve"]

@@ -22,7 +22,6 @@ from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurr
 from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-BACKENDS = ("auto", "torch", "triton", "cuda")
 PATHS: dict[str, Any] = {"cuda": cuda}  # faster than plain torch, the fastest first
 if importlib.util.find_spec("carve.ops.kernels.portable"):
     PATHS["triton"] = importlib.import_module("carve.ops.kernels.portable")
@@ -423,8 +422,9 @@ def check_values(x: Tokens, p: Projections, state: CarveState | None, options: O
 
 def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str:
     """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes a slower one."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    backends = ("auto", "torch", *reversed(PATHS))
+    if backend not in backends:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, backends))}")
     if backend == "torch" or (backend == "auto" and x.v.device.type == "cpu"):
         return "torch"
     if backend != "auto":

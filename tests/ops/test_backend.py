@@ -138,6 +138,27 @@ def test_kernels_that_do_not_compile(paths: dict[str, Path]) -> None:
     assert "forward(3): error: expected a ';'" in str(said[0].message)
 
 
+def test_a_compiled_function_chooses_while_it_is_traced(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    paths["cuda"].reason = "K = 32, expected 64"
+
+    def double(v: torch.Tensor) -> torch.Tensor:
+        x = Tokens(v, v, v, v, v, None)
+        name = api.choose_backend("auto", x, Projections(None, None, None), OPTIONS, None)
+        return v.new_empty(2 if name == "triton" else 3)
+
+    compiled = torch.compile(double, backend="eager", fullgraph=True)
+    v = torch.empty(1, 2, 1, 32, device="meta")
+    with pytest.warns(UserWarning, match="on 'triton', which is not the fastest"):
+        assert len(compiled(v)) == 2
+    torch._dynamo.reset()
+    monkeypatch.setenv("CARVE_STRICT", "1")
+    with pytest.raises(Exception, match="K = 32, expected 64; CARVE_STRICT forbids it"):
+        compiled(v)
+
+
 # -- what the CUDA kernels serve --
 
 

@@ -48,6 +48,7 @@ def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Nvrtc:
     stub = Nvrtc()
     monkeypatch.setattr(compiler, "compile_source", stub.compile)
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(compiler, "source", lambda name: f"source of {name}")
     monkeypatch.setenv("CARVE_CACHE", str(tmp_path / "cache"))
     return stub
 

@@ -1,9 +1,9 @@
 """The chunk form in three fused CUDA kernels, as torch operators `carve::forward` and `carve::backward`.
 
-The forward saves the state every 64 tokens and v_new, in bf16. The backward takes the gradient of the state from the last
-tile to the first (`reverse.cu`), then every tile on its own (`gradients.cu`). It adds nothing up across programs: what
-several programs contribute to (projections; keys shared by value heads) is written apart and summed afterwards, always
-in the same order.
+The forward saves the state every 64 tokens and v_new, in bf16. The backward takes the gradient of the state from the
+last tile to the first (`reverse.cu`), then every tile on its own (`gradients.cu`). It adds nothing up across programs:
+what several programs contribute to (projections; keys shared by value heads) is written apart and summed afterwards,
+always in the same order.
 """
 
 import ctypes
@@ -36,21 +36,18 @@ def shared_bytes(name: str, K: int, V: int, tile: int, content: str) -> int:
     narrow = wide if content == "read" else 0
     small = 4 * (4 * RANK + K + tile) + tile // 4 * K + 8 * tile + 64 + 3 * 256
     if name == "forward":
-        warps, blocks = V // 16, tile // 16
-        slot = -(-(164 * K + 32 * V + 580) // 256) * 256  # of a block of 16 tokens
-        seen = {"blind": 0, "mean": 64 * (V + K) + 64 * warps, "read": 32 * V + 64 * K}[content]
-        shares = 1024 * blocks * max(1, min(warps // blocks, K // 32) - 1)
-        return 2 * blocks * (slot + 16) + 32 * tile + 4 * K + 64 + 256 + seen + shares
+        slot = -(-(164 * K + 32 * V + 580) // 256) * 256  # for a block of 16 tokens
+        seen = {"blind": 0, "mean": 64 * (V + K) + 256, "read": 32 * V + 64 * K}[content]
+        return tile // 8 * (slot + 16) + 96 * tile + 4 * K + 336 + seen
     if name == "reverse":
         content_rows = 64 * tile if content == "read" else 0
-        sums = 4 * (2 * V + K + 16) + 8 * RANK + 4 * tile * (1 + V // 16)
-        more = wide if content == "mean" else 0  # sums of the projections' gradients
-        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + more + small
+        sums = 4 * (V + K + 16) + 12 * RANK + 4 * tile * (1 + V // 16)
+        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + small
     return tile * (16 * K + 6 * V + 64 + 128 + V // 4) + narrow + small
 
 
 def threads(name: str, K: int, V: int) -> int:
-    return {"forward": 2 * V + 128, "gradients": 4 * K}.get(name, 2 * V)
+    return {"forward": 256, "gradients": 4 * K}.get(name, 2 * V)
 
 
 class Device(NamedTuple):
@@ -91,7 +88,8 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     if options.chunk_size > LONGEST:
         return f"chunk_size is {options.chunk_size}, expected at most {LONGEST}"
     gpu = facts(device.index or 0)
-    wanted = max(shared_bytes(name, K, V, SAVE, options.content or "blind") for name in ("forward", "reverse", "gradients"))
+    tiles = {"forward": 32, "reverse": SAVE, "gradients": SAVE}
+    wanted = max(shared_bytes(name, K, V, tile, options.content or "blind") for name, tile in tiles.items())
     if gpu.capability < (8, 0) or gpu.shared_room < wanted:
         return (
             f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))} and {gpu.shared_room} bytes of "
@@ -230,31 +228,29 @@ def forward(
 
 def allocate(x: Inputs, kind: str, chunk_size: int, final: bool, save: bool) -> list[Tensor]:
     """The forward's outputs, unwritten."""
-    (B, T, HV, V), K = x.v.shape, x.q.shape[3]
-    ends = [x.g.new_empty(shape if final else 0) for shape in x.state_shapes(kind)]
-    chunks = slots(x, chunk_size) if save else 0
-    seen = {"blind": 0, "mean": RANK, "read": RANK * K // 2}[kind]
-    return [
-        torch.empty_like(x.v),
-        *ends,
-        *allocate_states(x, chunks, chunk_size),
-        x.g.new_empty(chunks, HV, seen),
-        x.g.new_empty(chunks, HV, V if kind == "mean" else 0),
-    ]
-
-
-def slots(x: Inputs, chunk_size: int) -> int:
-    """At most so many chunks; `Sequence` in tile.cuh counts alike."""
-    return x.v.shape[0] * x.v.shape[1] // chunk_size + 2 * x.sequences
-
-
-def allocate_states(x: Inputs, chunks: int, chunk_size: int) -> list[Tensor]:
-    """States, one every `SAVE` tokens of a chunk, and v_new of every 16, in bf16 as the kernels hold them, unwritten."""
     (HV, V), K = x.v.shape[2:], x.q.shape[3]
-    counts = {SAVE: V * K // 2, 16: V * 8}
-    return [
-        x.v.new_empty(-(-chunk_size // tokens) * chunks, HV, size, dtype=torch.int32) for tokens, size in counts.items()
-    ]
+    ends = [x.g.new_empty(shape if final else 0) for shape in x.state_shapes(kind)]
+    if not save:
+        return [torch.empty_like(x.v), *ends, *(x.v.new_empty(0) for _ in range(4))]
+    chunks, seen = slots(x, chunk_size), {"blind": 0, "mean": RANK, "read": RANK * K // 2}[kind]
+    states = allocate_states(x, chunk_size)
+    # not every chunk that is counted need be there
+    contents, means = x.g.new_zeros(chunks, HV, seen), x.g.new_zeros(chunks, HV, V if kind == "mean" else 0)
+    return [torch.empty_like(x.v), *ends, *states, contents, means]
+
+
+def slots(x: Inputs, chunk_size: int, tokens: int | None = None) -> int:
+    """Chunks, or pieces of so many tokens of each, at most; `Sequence` in tile.cuh counts alike."""
+    B, T = x.v.shape[:2]
+    chunks = B * T // chunk_size + 2 * x.sequences
+    return chunks if tokens is None else chunks * -(-min(chunk_size, T) // tokens)
+
+
+def allocate_states(x: Inputs, chunk_size: int) -> list[Tensor]:
+    """A state every `SAVE` tokens of a chunk, and v_new of every 16, in bf16 as the kernels hold them, unwritten."""
+    (HV, V), K = x.v.shape[2:], x.q.shape[3]
+    sizes = {SAVE: V * K // 2, 16: V * 8}
+    return [x.v.new_empty(slots(x, chunk_size, tokens), HV, size, dtype=torch.int32) for tokens, size in sizes.items()]
 
 
 @forward.register_fake
@@ -299,17 +295,27 @@ def backward(
     x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
     outputs = allocate_gradients(x, kind, begun)
     (HV, V), K, chunks = v.shape[2:], q.shape[3], slots(x, chunk_size)
-    d_states = allocate_states(x, chunks, chunk_size)
+    d_states = allocate_states(x, chunk_size)
     passed = x.g.new_empty(chunks if kind == "mean" else 0, HV, V + K + 4)
-    d_z = x.v.new_empty(-(-chunk_size // 16) * chunks if kind == "read" else 0, HV, 128, dtype=torch.int32)
+    d_contents = x.g.new_zeros(chunks if kind == "mean" else 0, HV, RANK + K + 4)
+    d_z = x.v.new_empty(slots(x, chunk_size, 16) if kind == "read" else 0, HV, 128, dtype=torch.int32)
     left = [*d_states, passed, d_z]
     ends = [do, d_memory, d_content, d_content_sum]
     options = (kind, rms, chunk_size, scale, top)
-    run("reverse", SAVE, x, [*saved, *ends, *left, *outputs[6:]], *options, x.sequences * HV)
-    tiles = -(-chunk_size // SAVE) * chunks
-    run("gradients", SAVE, x, [*saved[:3], do, *left, *outputs[:6]], *options, tiles * HV, x.sequences)
+    run("reverse", SAVE, x, [*saved[:3], *ends, *left, d_contents, *outputs[6:]], *options, x.sequences * HV)
+    run(
+        "gradients",
+        SAVE,
+        x,
+        [*saved[:3], do, *left, *outputs[:6]],
+        *options,
+        slots(x, chunk_size, SAVE) * HV,
+        x.sequences,
+    )
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
     projections = [dy.sum(0) if dy.numel() else dy for dy in outputs[6:9]]
+    if kind == "mean":
+        projections = differentiate_projections(x, rms, *saved[2:], d_contents)
     return [*heads, outputs[5], *projections, *outputs[9:]]
 
 
@@ -320,6 +326,21 @@ def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
     tokens.append(x.g.new_empty((B, T, HV) if x.w is not None else 0))
     projections = [x.g.new_empty(N, HV, *shape) for shape in ((V, R), (R, K), (R,))]
     return [*tokens, *projections, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
+
+
+def differentiate_projections(
+    x: Inputs, rms: bool, contents: Tensor, means: Tensor, d_contents: Tensor
+) -> list[Tensor]:
+    """For "mean": gradients of p_down, p_up and p_write from those of every chunk's content and shifts of the gates."""
+    R, K = x.rank, x.q.shape[3]
+    d_content, d_shift = d_contents[..., :R], d_contents[..., RANK : RANK + K + 1]
+    z = contents[..., :R]
+    if rms:
+        z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-8)
+    with torch.autocast(x.v.device.type, enabled=False):
+        shifts = torch.einsum("chr,chk->hrk", z, d_shift)
+        p_down = torch.einsum("chv,chr->hvr", means[:-1], d_content[1:])  # a chunk's content is the mean before it
+    return [p_down, shifts[..., :K].contiguous(), shifts[..., K].contiguous()]
 
 
 def sum_groups(dx: Tensor, x: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-// Decoding: a few tokens of each sequence, the state updated in place.  The symbols are those of carve/ops/recurrence.py.
+// Decoding: a few tokens of each sequence, the state updated in place.  Symbols as in carve/ops/recurrence.py.
 //
 // A program runs COLUMNS of the V columns of one value head of one sequence, each sequence from its own position in its
 // content chunk.  It holds its part of the state S [K, V] in registers, fp32, read once and written once.  Per token
 //
-//     r = S^T (b k exp g)      u = a v - r      S <- Diag(exp g) S + k u^T      o = scale (S_before^T (q exp g) + (q k) u)
+//     r = S^T (b k exp g)     u = a v - r     S <- Diag(exp g) S + k u^T     o = scale (S_before^T (q exp g) + (q k) u)
 //
 // so that one pass over S gives both sums over K, and one barrier adds them up across the warps.  A warp has ROWS rows
 // of S and computes their gates.  The SPLIT programs of a head are a cluster; they meet only where a chunk is full, to
-// add up what the next chunk's gates see.
+// add up what the next chunk's gates see.  Sums are taken in an order that does not depend on SPLIT, so that a
+// sequence's bits do not depend on how many others there are.
 //
 // The program that comes last moves a sequence's position.  All others have read it by then: arrivals are counted in
 // the position's upper half, which is 0 before and after.
@@ -20,14 +21,14 @@ constexpr int K = CARVE_K, V = CARVE_V, R = CARVE_R, SPLIT = CARVE_SPLIT;
 constexpr int H = CARVE_H, HV = CARVE_HV, H_G = CARVE_H_G, H_E = CARVE_H_E;
 constexpr bool MEAN = CARVE_CONTENT == 1, READ = CARVE_CONTENT == 2, RMS = CARVE_RMS, UNIT = CARVE_UNIT;
 constexpr int COLUMNS = V / SPLIT;
-constexpr int ROWS = K % 32 == 0 && COLUMNS <= 64 ? 32 : 16, WARPS = K / ROWS, THREADS = 32 * WARPS;
+constexpr int ROWS = 16, WARPS = K / ROWS, THREADS = 32 * WARPS;
 
 // Lanes of a warp that lie side by side in a row, with 4 columns each; a row takes PASSES of them, a warp has GROUPS.
 constexpr int QUARTETS = COLUMNS / 4, POWER_OF_2 = QUARTETS & -QUARTETS, LANES = POWER_OF_2 < 32 ? POWER_OF_2 : 32;
 constexpr int PASSES = QUARTETS / LANES, GROUPS = 32 / LANES, STEPS = ROWS / GROUPS;
 
 constexpr int HELD = 4 * STEPS * PASSES;                  // numbers of S that a thread holds
-constexpr int FITTING = (HELD > 64 ? 256 : 512) / THREADS, PROGRAMS = FITTING > 1 ? FITTING : 1;  // of a processor
+constexpr int FITTING = (HELD > 64 ? 256 : HELD == 32 ? 768 : 512) / THREADS, PROGRAMS = FITTING > 1 ? FITTING : 1;
 constexpr int SHARE = (COLUMNS + THREADS - 1) / THREADS;  // columns whose outputs a thread writes
 constexpr int RANKS = (R + 31) / 32;                      // of the R numbers, those that a lane has
 constexpr int SEEN = MEAN ? R : READ ? K * R : 0;         // numbers in a head's content
@@ -97,6 +98,35 @@ template <int N, int COUNT, int STRIDE> DEVICE void scatter_sum(float (&x)[N]) {
   }
 }
 
+// The sum of N numbers, neighbours first.
+template <int N> DEVICE float sum_pairs(float (&x)[N]) {
+#pragma unroll
+  for (int stride = 1; stride < N; stride *= 2)
+#pragma unroll
+    for (int i = 0; i + stride < N; i += 2 * stride) x[i] += x[i + stride];
+  return x[0];
+}
+
+// This thread's part of (b k exp g)^T S and (q exp g)^T S in 4 columns: rows far apart are added first, then nearer
+// ones, and so on across lanes in scatter_sum.
+template <int STEP, int STRIDE>
+DEVICE void sum_rows(float (&y)[8], const float4* rows, const float4 (&S)[STEPS][PASSES], int pass) {
+  if constexpr (2 * STRIDE == STEPS) {
+    const float4 c = rows[STEP * GROUPS], m = S[STEP][pass];
+    const float4 d = rows[(STEP + STRIDE) * GROUPS], n = S[STEP + STRIDE][pass];
+    y[0] = fmaf(d.y, n.x, c.y * m.x), y[1] = fmaf(d.y, n.y, c.y * m.y);
+    y[2] = fmaf(d.y, n.z, c.y * m.z), y[3] = fmaf(d.y, n.w, c.y * m.w);
+    y[4] = fmaf(d.z, n.x, c.z * m.x), y[5] = fmaf(d.z, n.y, c.z * m.y);
+    y[6] = fmaf(d.z, n.z, c.z * m.z), y[7] = fmaf(d.z, n.w, c.z * m.w);
+  } else {
+    float z[8];
+    sum_rows<STEP, 2 * STRIDE>(y, rows, S, pass);
+    sum_rows<STEP + STRIDE, 2 * STRIDE>(z, rows, S, pass);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] += z[i];
+  }
+}
+
 DEVICE void sync_head() {  // the programs of this head
   if constexpr (SPLIT > 1 && SEEN) sync_cluster();
   else sync();
@@ -122,8 +152,8 @@ struct Token { float q, k, g, e, w, v[SHARE]; };  // of this thread's row and co
 KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     const void* q, const void* k, const void* v, const void* g, const void* e, const void* w, const void* p_down,
     const void* p_up, const void* p_write, const i64* lengths, float* memory, float* content, float* content_sum,
-    i64* position, void* o, i64 q_row, i64 k_row, i64 v_row, i64 g_row, i64 e_row, i64 w_row, float scale, float top, int T,
-    int C, int update) {
+    i64* position, void* o, i64 q_row, i64 k_row, i64 v_row, i64 g_row, i64 e_row, i64 w_row, float scale, float top,
+    int T, int C, int update) {
   byte* shared = shared_memory();
   const int rank = block_index() % SPLIT, thread = thread_index();
   const int n = block_index() / (HV * SPLIT), head = block_index() / SPLIT % HV;
@@ -200,7 +230,6 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     if (update && count) arrivals = add_atomically(halves + 1, 1);
   }
   int at = 0;
-  bool closed = false;
 
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
@@ -208,8 +237,6 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     float* sums = (float*)(shared + O_SUMS) + turn * (WARPS * 2 * COLUMNS);
     float* values = (float*)(shared + O_VALUES) + turn * COLUMNS;
     float4* dots = (float4*)(shared + O_DOTS) + turn * WARPS;
-    Token next = x;
-    if (t + 1 < count) next = load_token(t + 1);
     if (t == 0) wait_for_copies();
     warp_sync();  // the warp's copies are there; it has read the rows of the token before
 
@@ -274,13 +301,8 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     // -- sums over this warp's rows --
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
-      float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll
-      for (int s = 0; s < STEPS; ++s) {
-        const float4 c = rows[s * GROUPS + group], m = S[s][pass];
-        y[0] += c.y * m.x, y[1] += c.y * m.y, y[2] += c.y * m.z, y[3] += c.y * m.w;
-        y[4] += c.z * m.x, y[5] += c.z * m.y, y[6] += c.z * m.z, y[7] += c.z * m.w;
-      }
+      float y[8];
+      sum_rows<0, 1>(y, rows + group, S, pass);
       scatter_sum<8, GROUPS, LANES>(y);
       constexpr int LEFT = 8 / GROUPS;
       const int i = group * LEFT;
@@ -292,6 +314,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     }
     sync();
     if (t == 0) at = *(int*)(shared + O_BEGIN);
+    if (t + 1 < count) x = load_token(t + 1);
 
     // -- the state behind the token --
     float qq_all = 0, kk_all = 0, qk_all = 0;
@@ -314,7 +337,8 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
       for (int s = 0; s < STEPS; ++s) {
         const float4 c = rows[s * GROUPS + group];
         float4& m = S[s][pass];
-        m = make_float4(c.x * m.x + c.w * u.x, c.x * m.y + c.w * u.y, c.x * m.z + c.w * u.z, c.x * m.w + c.w * u.w);
+        m = make_float4(fmaf(c.w, u.x, c.x * m.x), fmaf(c.w, u.y, c.x * m.y), fmaf(c.w, u.z, c.x * m.z),
+                        fmaf(c.w, u.w, c.x * m.w));
       }
     }
 
@@ -336,7 +360,6 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     if (++at == C) {
       at = 0;
       if constexpr (SEEN > 0) {
-        closed = true;
         if constexpr (MEAN) {
 #pragma unroll
           for (int i = 0; i < SHARE; ++i) {
@@ -346,54 +369,58 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
           sync();
 #pragma unroll 1
           for (int r = warp(); r < R; r += WARPS) {
-            float y = 0;
-            for (int i = lane(); i < COLUMNS; i += 32)
-              y += totals[i] * Number<CARVE_TYPE_DOWN>::load(p_down, ((i64)head * V + first_column + i) * R + r);
-            y = warp_sum(y);
-            if (lane() == 0) parts[r] = y / C;
+            float y[(COLUMNS + 31) / 32];
+#pragma unroll
+            for (int i = 0; i < (COLUMNS + 31) / 32; ++i) {
+              const int column = min(lane() + 32 * i, COLUMNS - 1);
+              const float down = Number<CARVE_TYPE_DOWN>::load(p_down, ((i64)head * V + first_column + column) * R + r);
+              y[i] = warp_sum(lane() + 32 * i < COLUMNS ? totals[column] * down : 0);
+            }
+            if (lane() == 0) parts[r] = sum_pairs(y);
           }
         }
         if constexpr (READ) {
-          constexpr int AT_ONCE = LANES < 8 ? LANES : 8;
 #pragma unroll 1
-          for (int first = 0; first < R; first += AT_ONCE) {
-            float down[PASSES][4][AT_ONCE];
+          for (int first = 0; first < R; first += 4) {  // 4 of the R columns at once
+            float down[PASSES][4][4];
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass)
 #pragma unroll
               for (int i = 0; i < 4; ++i)
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j) {
+                for (int j = 0; j < 4; ++j) {
                   const i64 column = (i64)head * V + first_column + pass * 4 * LANES + column_of_lane + i;
                   down[pass][i][j] = first + j < R ? Number<CARVE_TYPE_DOWN>::load(p_down, column * R + first + j) : 0;
                 }
 #pragma unroll
             for (int s = 0; s < STEPS; ++s) {
-              float y[AT_ONCE];
+              float z[PASSES];
 #pragma unroll
-              for (int j = 0; j < AT_ONCE; ++j) {
-                y[j] = 0;
+              for (int pass = 0; pass < PASSES; ++pass) {
+                const float4 m = S[s][pass];
+                float y[4];
 #pragma unroll
-                for (int pass = 0; pass < PASSES; ++pass) {
-                  const float4 m = S[s][pass];
-                  y[j] += m.x * down[pass][0][j] + m.y * down[pass][1][j] + m.z * down[pass][2][j] + m.w * down[pass][3][j];
+                for (int j = 0; j < 4; ++j) {
+                  const float half = fmaf(m.y, down[pass][1][j], m.x * down[pass][0][j]);
+                  y[j] = fmaf(m.w, down[pass][3][j], fmaf(m.z, down[pass][2][j], half));
                 }
-              }
-              scatter_sum<AT_ONCE, AT_ONCE, 1>(y);
+                scatter_sum<4, 4, 1>(y);
+                z[pass] = y[0];
 #pragma unroll
-              for (int mask = AT_ONCE; mask < LANES; mask *= 2) y[0] += shuffle_xor(y[0], mask);
-              const int r = first + lane() % AT_ONCE;
-              if (lane() % LANES < AT_ONCE && r < R) parts[(first_row + s * GROUPS + group) * R + r] = y[0];
+                for (int mask = 4; mask < LANES; mask *= 2) z[pass] += shuffle_xor(z[pass], mask);
+              }
+              const int r = first + lane() % 4;
+              if (lane() % LANES < 4 && r < R) parts[(first_row + s * GROUPS + group) * R + r] = sum_pairs(z);
             }
           }
         }
         sync_head();
 #pragma unroll 1
         for (int i = thread; i < SEEN; i += THREADS) {
-          float y = 0;
+          float y[SPLIT];
 #pragma unroll
-          for (int j = 0; j < SPLIT; ++j) y += load_from_head(parts + i, j);
-          seen[i] = y;
+          for (int j = 0; j < SPLIT; ++j) y[j] = load_from_head(parts + i, j);
+          seen[i] = sum_pairs(y) / (MEAN ? C : 1);
         }
         sync_head();
         if constexpr (MEAN)
@@ -401,7 +428,6 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
           for (int i = 0; i < RANKS; ++i) raw[i] = lane() + 32 * i < R ? seen[lane() + 32 * i] : 0;
       }
     }
-    x = next;
   }
 
   // -- no output of tokens that are not taken --
@@ -422,7 +448,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     for (int i = 0; i < SHARE; ++i)
       if (thread + i * THREADS < COLUMNS) content_sum[own * V + first_column + thread + i * THREADS] = total[i];
   if constexpr (SEEN > 0)
-    if (closed && rank == 0)
+    if (at < count && rank == 0)  // a chunk was closed
 #pragma unroll 1
       for (int i = thread; i < SEEN; i += THREADS) content[own * SEEN + i] = seen[i];
   if (thread == 0 && arrivals == HV * SPLIT - 1) position[n] = at;

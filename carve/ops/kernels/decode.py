@@ -24,15 +24,9 @@ COLUMNS = 128  # of a program, more only if need be: beyond, registers are left 
 # -- what the kernel serves, and how it is launched --
 
 
-def rows_of_a_warp(K: int, columns: int) -> int:
-    """Rows of the state that a warp holds; `ROWS` in decode.cu."""
-    return 32 if K % 32 == 0 and columns <= 64 else 16
-
-
 def shared_bytes(K: int, V: int, R: int, split: int, content: str, up: int) -> int:
     """Shared memory of a program, `up` the bytes of a number of p_up; the kernel checks that it is enough."""
-    columns = V // split
-    warps = K // rows_of_a_warp(K, columns)
+    columns, warps = V // split, K // STEP
     seen = {"blind": 0, "mean": R, "read": K * R}[content]
     size = 16 * K + 16 * warps * columns + 8 * columns + 32 * warps
     size += 4 * columns * (content == "mean") + up * K * R * (seen > 0) + 4 * warps * R * (content == "read")
@@ -57,6 +51,8 @@ def choose_split(heads: int, K: int, V: int, R: int, content: str, up: int, devi
         and shared_bytes(K, V, R, split, content, up) <= gpu.shared_room
         and (split == 1 or not meets or gpu.capability >= (9, 0))
     ]
+    if V & (V - 1):  # sums over V would depend on the split, and so on the batch
+        return next(iter(fitting), None)
     filling = [split for split in fitting if heads * split >= 2 * processors(device) and V // split <= COLUMNS]
     return next(iter(filling[:1] or fitting[-1:]), None)
 
@@ -115,8 +111,7 @@ def variant(
     values |= dict(zip(("H", "HV", "H_G", "H_E"), heads, strict=True))
     values |= {"RMS": int(rms), "UNIT": int(unit), "SHARED": size}
     values |= {f"TYPE_{name}": value for name, value in zip(names, formats, strict=True)}
-    threads = 32 * K // rows_of_a_warp(K, V // split)
-    return threads, size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
+    return 32 * K // STEP, size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
 
 
 def variant_of(x: Tokens, p: Projections, options: Options) -> tuple[int, int, int, compiler.Constants]:

@@ -1,8 +1,10 @@
 // The forward: one program per (sequence, value head), the whole recurrence in one pass.
 //
 // Two kinds of warps work side by side.  Preparing warps copy the inputs and turn them into what does not depend on the
-// content; state warps hold the state, 16 rows of V each, and do the rest.  Blocks of 16 tokens pass from the first to
-// the second through a ring of slots in shared memory, so that copies and preparation are a tile ahead.
+// content; state warps hold the state, V / 4 of its rows each, and do the rest.  Blocks of 16 tokens pass from one kind
+// to the other through a ring of slots in shared memory, so that copies and preparation are a tile ahead.  There are
+// only four state warps, with many registers, as the speed of shared memory is the limit: the more rows a warp has,
+// the less often keys and queries are read.
 //
 // Keys enter the products as they leave: with x = k exp -G, and D the block's decay,
 //
@@ -11,13 +13,13 @@
 // A strong block, where exp -G may overflow, halves its tokens again and again instead: the decay between a token of
 // the upper and one of the lower half splits at the half's border into two factors of at most 1.
 
-constexpr int STATE_WARPS = V / 16, STATE_THREADS = 32 * STATE_WARPS;
-constexpr int RING = 2 * BLOCKS;                     // slots
-constexpr int PREPARERS = 4;                         // preparing warps
+constexpr int STATE_WARPS = 4, STATE_THREADS = 32 * STATE_WARPS;
+constexpr int PREPARERS = 4;                             // preparing warps
 constexpr int PROGRAM = STATE_THREADS + 32 * PREPARERS;  // threads
-constexpr int OWN = K / 32;                          // columns of a block that a lane of a preparing warp has
-// State warps that share a block's gates, by columns; two 16-column slabs each at least
-constexpr int PARTS = STATE_WARPS / BLOCKS < COLUMNS / 2 ? STATE_WARPS / BLOCKS : COLUMNS / 2;
+constexpr int STRIPS = ROWS / STATE_WARPS;               // strips of 16 rows of S^T that a state warp holds
+constexpr int OWN = K / 32;                              // columns of a block that a lane of a preparing warp has
+constexpr int RING = 2 * BLOCKS;                         // slots
+constexpr int PARTS = STATE_WARPS / BLOCKS;              // state warps that share a block's gates, by columns
 
 // A slot.  q_in lies over q, b k exp G over e, x and k exp G over g; outputs over v.  Strong blocks: G over g, keys for
 // the state over k.
@@ -26,12 +28,12 @@ constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROW
 constexpr int O_V = O_G + 2 * K_ROWS, O_M = O_V + V_ROWS, O_DECAY = O_M + BLOCK * BLOCK * 2, O_A = O_DECAY + K * 4;
 constexpr int O_STRONG = O_A + BLOCK * 4, SLOT = (O_STRONG + 4 + 255) / 256 * 256;
 
-constexpr int SHARES = PARTS > 1 ? PARTS - 1 : 1;
-constexpr int O_T = RING * SLOT, O_ONES = O_T + TILE * 32, O_SIGNALS = O_ONES + K * 4, O_WRITE = O_SIGNALS + 16 * RING;
-constexpr int O_RAW = O_WRITE + RANK * 4, O_DOWN = (O_RAW + (MEAN ? STATE_WARPS * RANK * 4 : 0) + 255) / 256 * 256;
-constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0);
-constexpr int O_REST = O_UP + (MEAN || READ ? RANK * K * 2 : 0), O_SHARES = O_REST + (MEAN || READ ? RANK * K * 2 : 0);
-constexpr int SHARED_BYTES = O_SHARES + BLOCKS * SHARES * 1024;
+constexpr int SHARES = PARTS > 1 ? PARTS - 1 : 1, PROJECTION = MEAN || READ ? RANK * K * 2 : 0;
+constexpr int O_T = RING * SLOT, O_ONES = O_T + TILE * 32, O_SIGNALS = O_ONES + K * 4;
+constexpr int O_WRITE = O_SIGNALS + 16 * RING + 16, O_RAW = O_WRITE + RANK * 4;
+constexpr int O_DOWN = (O_RAW + (MEAN ? STATE_WARPS * RANK * 4 : 0) + 255) / 256 * 256;
+constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0), O_REST = O_UP + PROJECTION;
+constexpr int O_SHARES = O_REST + PROJECTION, SHARED_BYTES = O_SHARES + BLOCKS * SHARES * 1024;
 
 static_assert(PROGRAM == THREADS, "carve/ops/kernels/cuda.py says how many threads a program has");
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
@@ -46,6 +48,33 @@ struct Right { u32 x[4]; };
 DEVICE void multiply(Sums& c, const Operand& a, const Right& b) {
   multiply_add(c.x[0], a.x, b.x[0], b.x[1]);
   multiply_add(c.x[1], a.x, b.x[2], b.x[3]);
+}
+
+// 16-bit numbers in an operand as fp32, laid out as sums are
+template <typename X> DEVICE Sums widen(const Operand& a) {
+  Sums y;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack<X>(a.x[2 * t + i]);
+      y.x[t][2 * i] = pair.x, y.x[t][2 * i + 1] = pair.y;
+    }
+  return y;
+}
+
+DEVICE void add(Sums& x, const Sums& y) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x.x[t][n] += y.x[t][n];
+}
+DEVICE Sums scaled(Sums x, float factor) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x.x[t][n] *= factor;
+  return x;
 }
 
 // Where an operand of a matrix with rows of D numbers is for this lane, in bytes; for columns from 16 n on, XOR 32 n.
@@ -95,7 +124,8 @@ struct Slot {
     return *(float2*)(decay() + (column & ~15) + 2 * (column & 6) + ((column >> 2) & 2));
   }
   DEVICE float* a() const { return (float*)(base + O_A); }          // write logits, then gates
-  DEVICE int& strong() const { return *(int*)(base + O_STRONG); }
+  DEVICE bool strong() const { return any_lane(*(int*)(base + O_STRONG)); }  // any_lane tells that lanes agree
+  DEVICE void set_strong(bool x) const { *(int*)(base + O_STRONG) = x; }
 };
 
 // Where a warp is in the ring.  A slot's signals: `full`, once it is prepared, and `free`, once no state warp needs it.
@@ -137,7 +167,7 @@ struct Cursor {
   }
 };
 
-// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>; or,
+// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>;
 // with FP32, of fp32 numbers, in two rounds a row, as they lie.
 template <int D, bool FP32 = false>
 DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int heads, int head) {
@@ -148,8 +178,9 @@ DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int hea
 #pragma unroll
   for (int i = 0; i < BLOCK; i += STEP) {
     const bool valid = row + i < count;
-    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), p + (i64)i * stride, valid);
-    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, p + (i64)i * stride + BYTES / 2, valid);
+    const byte* from_row = p + (i64)i * stride;
+    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), from_row, valid);
+    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, from_row + BYTES / 2, valid);
   }
 }
 
@@ -168,7 +199,8 @@ DEVICE void multiply_strong(Sums (&levels)[4], const Sums& x, const Sums& k, Slo
         const int row = first_row + 8 * i, border = (row & -2 * half) + half - 1, c = first_column + 8 * t;
         const bool up = row & half;
         const float2 G = slot.G(row, c), G_border = slot.G(border, c);
-        const float fx = exp2_(up ? G.x - G_border.x : G_border.x - G.x), fy = exp2_(up ? G.y - G_border.y : G_border.y - G.y);
+        const float fx = exp2_(up ? G.x - G_border.x : G_border.x - G.x);
+        const float fy = exp2_(up ? G.y - G_border.y : G_border.y - G.y);
         upper.x[t][2 * i] = up ? x.x[t][2 * i] * fx : 0, upper.x[t][2 * i + 1] = up ? x.x[t][2 * i + 1] * fy : 0;
         lower.x[t][2 * i] = up ? 0 : k.x[t][2 * i] * fx, lower.x[t][2 * i + 1] = up ? 0 : k.x[t][2 * i + 1] * fy;
       }
@@ -193,31 +225,13 @@ DEVICE Sums gather(Sums (&levels)[4]) {
   return y;
 }
 
-// 16-bit numbers in an operand as fp32, laid out as sums are
-template <typename X> DEVICE Sums widen(const Operand& a) {
-  Sums y;
+DEVICE void store_M(Slot slot, const Sums& M) {
+  const int lane = lane_anew();
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 pair = unpack<X>(a.x[2 * t + i]);
-      y.x[t][2 * i] = pair.x, y.x[t][2 * i + 1] = pair.y;
-    }
-  return y;
-}
-
-DEVICE void add(Sums& x, const Sums& y) {
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int n = 0; n < 4; ++n) x.x[t][n] += y.x[t][n];
-}
-DEVICE Sums scaled(Sums x, float factor) {
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int n = 0; n < 4; ++n) x.x[t][n] *= factor;
-  return x;
+    for (int i = 0; i < 2; ++i)
+      slot.M().pair((lane >> 2) + 8 * i, 8 * t + 2 * (lane & 3)) = pack<Bf16>(M.x[t][2 * i], M.x[t][2 * i + 1]);
 }
 
 // M of a strong block, by one warp, from q, k and G.
@@ -231,7 +245,7 @@ DEVICE void multiply_queries_strong(Slot slot, float scale) {
   }
   Sums M = gather(levels);
   for_each(M, [&](float& x, int i, int j) { x = scale * (i == j ? same.x[j >> 3][2 * (i >> 3) + (j & 1)] : x); });
-  slot.M().store(0, 0, round_to_bf16(M));
+  store_M(slot, M);
 }
 
 // M of a mild block, by one warp.
@@ -245,7 +259,7 @@ DEVICE void multiply_queries(Slot slot) {
   }
   add(even, odd);
   for_each(even, [&](float& x, int i, int j) { x = i >= j ? x : 0; });
-  slot.M().store(0, 0, round_to_bf16(even));
+  store_M(slot, even);
 }
 
 // Some consecutive numbers of a row, as one access to shared memory.
@@ -275,7 +289,7 @@ DEVICE void prepare_block(Slot slot, float scale) {
     lowest = fminf(lowest, sum);
   }
   const bool strong = any_lane(lowest < -MILD);
-  if (lane() == 0) slot.strong() = strong;
+  if (lane() == 0) slot.set_strong(strong);
   if (strong) {
 #pragma unroll
     for (int c = 0; c < OWN; ++c) {
@@ -338,11 +352,12 @@ struct Seen {
   Matrix<K> rest;   // P_up less that ("mean"); Z^T = (S_c P_down)^T [RANK, K] ("read")
   float* raw;       // m_c P_down in STATE_WARPS addends, [STATE_WARPS, RANK] ("mean")
   float* write;     // p_write [RANK]
-  int R;
+  float part_of_R;  // 1 / R
 };
 
-DEVICE void load_seen(const Seen& seen, const float* p_down, const float* p_up, const float* p_write, int head, int C) {
-  const int R = seen.R, thread = thread_index();
+DEVICE void load_seen(
+    const Seen& seen, const float* p_down, const float* p_up, const float* p_write, int head, int R, int C) {
+  const int thread = thread_index();
   if constexpr (READ)
     for (int i = thread; i < RANK * V / 2; i += STATE_THREADS) {
       const int r = i / (V / 2), v = 2 * (i % (V / 2));
@@ -401,7 +416,7 @@ DEVICE Sums see(const Seen& seen, Slot slot) {
       float squares = 0;
 #pragma unroll
       for (int t = 0; t < 2; ++t) squares += z.x[t][2 * i] * z.x[t][2 * i] + z.x[t][2 * i + 1] * z.x[t][2 * i + 1];
-      const float root = reciprocal_root(quad_sum(squares) / seen.R + 1e-8f);
+      const float root = reciprocal_root(quad_sum(squares) * seen.part_of_R + 1e-8f);
 #pragma unroll
       for (int t = 0; t < 2; ++t) z.x[t][2 * i] *= root, z.x[t][2 * i + 1] *= root;
     }
@@ -551,12 +566,38 @@ DEVICE void solve_block(Sums A, byte* shares, Matrix<16> T) {
   }
 }
 
-DEVICE void decay_state(State& S, const float* decay) {
+// ---------------------------------------------------------------------------------------------------------------------
+// The state
+// ---------------------------------------------------------------------------------------------------------------------
+
+typedef State Strips[STRIPS];
+
+// memory is [K, V], fp32; zeros if null.  strip: which 16 rows of S^T
+DEVICE State load_strip(const float* memory, int strip) {
+  State S;
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) {
+      x = memory ? memory[(16 * m + column) * V + 16 * strip + row] : 0;
+    });
+  return S;
+}
+DEVICE void store_strip(float* memory, State& S, int strip) {
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) { memory[(16 * m + column) * V + 16 * strip + row] = x; });
+}
+
+DEVICE void decay_state(Strips& S, const float* decay) {
 #pragma unroll
   for (int m = 0; m < COLUMNS; ++m) {
     const float4 x = *(const float4*)(decay + 16 * m + 2 * quad_column());
-    S.x[m].x[0][0] *= x.x, S.x[m].x[0][1] *= x.y, S.x[m].x[0][2] *= x.x, S.x[m].x[0][3] *= x.y;
-    S.x[m].x[1][0] *= x.z, S.x[m].x[1][1] *= x.w, S.x[m].x[1][2] *= x.z, S.x[m].x[1][3] *= x.w;
+#pragma unroll
+    for (int i = 0; i < STRIPS; ++i) {
+      Sums& y = S[i].x[m];
+      y.x[0][0] *= x.x, y.x[0][1] *= x.y, y.x[0][2] *= x.x, y.x[0][3] *= x.y;
+      y.x[1][0] *= x.z, y.x[1][1] *= x.w, y.x[1][2] *= x.z, y.x[1][3] *= x.w;
+    }
   }
 }
 
@@ -575,11 +616,14 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
   const int n = block_index() / HV, head = block_index() % HV, thread = thread_index();
   const Sequence sequence(bounds, positions, n, T, C);
   Ring ring = {shared, 0, 0};
-  if (thread == 0)
+  Signal* heard = ring.free() + RING;  // "mean": the next chunk's content is there
+  if (thread == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(ring.full() + i, 1);
       set_up(ring.free() + i, STATE_WARPS);
     }
+    set_up(heard, STATE_WARPS);
+  }
   for (int i = thread; i < K; i += PROGRAM) ((float*)(shared + O_ONES))[i] = 1;
   sync();
 
@@ -628,16 +672,22 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
   // -- state warps: the state before the first token --
   const i64 own = (i64)n * HV + head;
   const Seen seen = {{shared + O_DOWN}, (float*)(shared + O_DOWN), {shared + O_UP}, {shared + O_REST},
-                     (float*)(shared + O_RAW), (float*)(shared + O_WRITE), R};
-  State S = load_state(memory ? memory + own * K * V : nullptr);
-  load_seen(seen, p_down, p_up, p_write, head, C);
-  float sums[2] = {0, 0};  // of this chunk's outputs, two rows of V; the four lanes of a row have an addend each
-  const int row = 16 * warp_index + quad_row();
-  if constexpr (MEAN) {
-    for (int i = thread; i < STATE_WARPS * RANK; i += STATE_THREADS) seen.raw[i] = content && i < R ? content[own * R + i] : 0;
-    if (content_sum && (lane() & 3) == 0)
-      sums[0] = content_sum[own * V + row], sums[1] = content_sum[own * V + row + 8];
+                     (float*)(shared + O_RAW), (float*)(shared + O_WRITE), 1.0f / R};
+  const int first_strip = STRIPS * warp_index;
+  Strips S;
+#pragma unroll
+  for (int i = 0; i < STRIPS; ++i) S[i] = load_strip(memory ? memory + own * K * V : nullptr, first_strip + i);
+  load_seen(seen, p_down, p_up, p_write, head, R, C);
+  float sums[STRIPS][2];  // of this chunk's outputs, two rows of a strip; the four lanes of a row have an addend each
+  const auto row = [&](int strip) { return 16 * (first_strip + strip) + (lane_anew() >> 2); };
+#pragma unroll
+  for (int i = 0; i < STRIPS; ++i) {
+    const bool begun = MEAN && content_sum && (lane() & 3) == 0;
+    sums[i][0] = begun ? content_sum[own * V + row(i)] : 0, sums[i][1] = begun ? content_sum[own * V + row(i) + 8] : 0;
   }
+  if constexpr (MEAN)
+    for (int i = thread; i < STATE_WARPS * RANK; i += STATE_THREADS)
+      seen.raw[i] = content && i < R ? content[own * R + i] : 0;
   if constexpr (READ)
     for (int i = thread; i < RANK * K / 2; i += STATE_THREADS) {
       const int r = i / (K / 2), column = 2 * (i % (K / 2));
@@ -649,15 +699,17 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
     for (int i = 0; i < STATE_WARPS; ++i) x += seen.raw[i * RANK + thread % RANK];
     return x;
   };
-  // in a slot: this lane's row of its warp's values, and its piece of the outputs; in a [16, 16] matrix, a right operand's row
-  const u32 v_transposed = O_V + (lane_right<V>() ^ 32 * warp_index);
-  const int o_piece = (int)(Slot{0}.v().at(lane() >> 1, 16 * warp_index + 8 * (lane() & 1)) - (byte*)0);
+  // in a slot: this lane's row of its warp's values, and its piece of the outputs; in a [16, 16] matrix: operands' rows
+  const u32 v_transposed = O_V + (lane_right<V>() ^ 32 * first_strip);
+  const int row_of_lane = lane() / (2 * STRIPS), column_of_lane = 16 * first_strip + lane() % (2 * STRIPS) * 8;
+  const int o_piece = (int)(Slot{0}.v().at(row_of_lane, column_of_lane) - (byte*)0);
   const u32 small_left = (u32)(Matrix<16>{0}.at(lane() & 15, 8 * (lane() >> 4)) - (byte*)0);
   const u32 small_right = (u32)(Matrix<16>{0}.at((lane() & 7) + 8 * (lane() >> 4), lane() & 8) - (byte*)0);
-  byte* o_of_lane = (byte*)o + (((sequence.begin + (lane() >> 1)) * HV + head) * V + 16 * warp_index + 8 * (lane() & 1)) * 2;
+  byte* o_of_lane = (byte*)o + (((sequence.begin + row_of_lane) * HV + head) * V + column_of_lane) * 2;
   sync_state_warps();
 
   for (int chunk = 0; chunk < sequence.chunks; ++chunk) {
+    if (MEAN && chunk > 0) wait(heard, (chunk - 1) & 1);
     const i64 slot_of_content = (sequence.slot + chunk) * HV + head;
     if (contents) {
       if constexpr (MEAN)
@@ -682,21 +734,22 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
         at.step(block);
         wait(at.full(), at.phase);
         const Sums z = see(seen, mine);
-        if (part == 0) open_write_gates(seen, z, mine, w);
         A = open_erase_gates(seen, z, mine, part, top);
+        if (part == 0) open_write_gates(seen, z, mine, w);
         if (part > 0)
 #pragma unroll
           for (int t = 0; t < 2; ++t)
-            ((float4*)(shares + (part - 1) * 1024))[t * 32 + lane()] = make_float4(A.x[t][0], A.x[t][1], A.x[t][2], A.x[t][3]);
+            ((float4*)(shares + (part - 1) * 1024))[t * 32 + lane()] =
+                make_float4(A.x[t][0], A.x[t][1], A.x[t][2], A.x[t][3]);
       }
       sync_state_warps();
       if (busy) {
         if (mine.strong()) decay_keys(mine, part);
         if (part == 0) solve_block(A, shares, {shared + O_T + block * 512});
       }
+      sync_state_warps();
 
       // -- the state runs through the blocks, each warp on its own --
-      StateOperand S_in = round_to_bf16(S);
       const bool last_tile = first + TILE >= last_of_chunk;
 #pragma unroll 1
       for (int s = 0; s < blocks; ++s) {
@@ -704,33 +757,54 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
         const u32 base = shared_address(slot.base), right = base + lane_right<K>();
         const int token = first + BLOCK * s, token_of_chunk = token - first_of_chunk;
         if (states && token_of_chunk % SAVE == 0) {
-          uint4* to = saved_state(states, sequence.slot_of(chunk, token_of_chunk, SAVE), HV, head);
+          const i64 at = (sequence.slot_of(chunk, token_of_chunk, SAVE) * HV + head) * ROWS + first_strip;
+          uint4* to = (uint4*)states + at * (COLUMNS * 32);
 #pragma unroll
-          for (int m = 0; m < COLUMNS; ++m) to[32 * m] = as_uint4(S_in.x[m]);
+          for (int i = 0; i < STRIPS; ++i)
+#pragma unroll
+            for (int m = 0; m < COLUMNS; ++m) to[(i * COLUMNS + m) * 32 + lane()] = as_uint4(round_to_bf16(S[i].x[m]));
         }
-        Sums r = zeros(), out = zeros();  // (b k exp G) S and (scale q exp G) S, transposed: [16 of V, 16 tokens]
+        // (b k exp G) S and (scale q exp G) S, transposed: strips of [16 of V, 16 tokens]
+        Sums r[STRIPS], out[STRIPS];
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) r[i] = out[i] = zeros();
 #pragma unroll
         for (int m = 0; m < COLUMNS; ++m) {
-          multiply(r, S_in.x[m], load_right((right ^ 32 * m) + O_E));
-          multiply(out, S_in.x[m], load_right((right ^ 32 * m) + O_Q));
-        }
-        Operand v_t;
-        load_quarters_transposed(v_t.x, base + v_transposed);
-        if (s == 0) sync_state_warps();  // T is there: the warps that solved for it are behind the others until now
+          const Right bk_in = load_right((right ^ 32 * m) + O_E), q_in = load_right((right ^ 32 * m) + O_Q);
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const float2 a = *(const float2*)(slot.a() + 8 * t + quad_column());
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 y = unpack<Input>(v_t.x[2 * t + i]);
-            r.x[t][2 * i] = a.x * y.x - r.x[t][2 * i];
-            r.x[t][2 * i + 1] = a.y * y.y - r.x[t][2 * i + 1];
+          for (int i = 0; i < STRIPS; ++i) {
+            const Operand S_in = round_to_bf16(S[i].x[m]);
+            multiply(r[i], S_in, bk_in);
+            multiply(out[i], S_in, q_in);
           }
         }
-        Sums edit = zeros();
-        multiply(edit, round_to_bf16(r), load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left));
-        const Operand v_new = round_to_bf16(edit);
-        if (edits) *saved_block(edits, sequence.slot_of(chunk, token_of_chunk, BLOCK), HV, head) = as_uint4(v_new);
+        const Right T_block = load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left);
+        const Right M_block = load_right(base + O_M + small_right);
+        const float* write_gates = slot.a() + quad_column();
+        const float2 a[2] = {*(const float2*)write_gates, *(const float2*)(write_gates + 8)};
+        Operand v_new[STRIPS];
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) {
+          Operand v_t;
+          load_quarters_transposed(v_t.x, base + (v_transposed ^ 32 * i));
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const float2 y = unpack<Input>(v_t.x[2 * t + j]);
+              r[i].x[t][2 * j] = a[t].x * y.x - r[i].x[t][2 * j];
+              r[i].x[t][2 * j + 1] = a[t].y * y.y - r[i].x[t][2 * j + 1];
+            }
+          Sums edit = zeros();
+          multiply(edit, round_to_bf16(r[i]), T_block);
+          v_new[i] = round_to_bf16(edit);
+        }
+        if (edits) {
+          const i64 at = (sequence.slot_of(chunk, token_of_chunk, BLOCK) * HV + head) * ROWS + first_strip;
+          uint4* to = (uint4*)edits + at * 32;
+#pragma unroll
+          for (int i = 0; i < STRIPS; ++i) to[i * 32 + lane()] = as_uint4(v_new[i]);
+        }
         const float* decay = slot.decay();
         u32 keys = base + lane_left<K>() + O_G;
         if (slot.strong()) {  // its keys are decayed to the block's end
@@ -738,22 +812,53 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
           decay = (const float*)(shared + O_ONES);
           keys += O_K - O_G;
         }
-        multiply(out, v_new, load_right(base + O_M + small_right));
 #pragma unroll
-        for (int m = 0; m < COLUMNS; ++m) multiply(S.x[m], v_new, load_right_transposed(keys ^ 32 * m));
+        for (int i = 0; i < STRIPS; ++i) multiply(out[i], v_new[i], M_block);
+#pragma unroll
+        for (int m = 0; m < COLUMNS; ++m) {
+          const Right key = load_right_transposed(keys ^ 32 * m);
+#pragma unroll
+          for (int i = 0; i < STRIPS; ++i) multiply(S[i].x[m], v_new[i], key);
+        }
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) {
+          Sums& y = out[i];
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int n = 0; n < 4; ++n) sums[i][n >> 1] += y.x[t][n];
+          // movmatrix moves 16-bit numbers of any format
+          const Operand y_t = {{pack<Input>(y.x[0][0], y.x[0][1]), pack<Input>(y.x[0][2], y.x[0][3]),
+                                pack<Input>(y.x[1][0], y.x[1][1]), pack<Input>(y.x[1][2], y.x[1][3])}};
+          const Operand turned = transpose(y_t);
+          slot.v().store(0, 16 * (first_strip + i), turned);  // to leave in pieces of 16 bytes, whole sectors a warp
+        }
         decay_state(S, decay);
-        S_in = round_to_bf16(S);
+        if constexpr (MEAN)  // what the next chunk's gates see
+          if (another && token + BLOCK >= last_of_chunk) {
+            float4 raw = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int t = 0; t < 2; ++t)
+            for (int i = 0; i < STRIPS; ++i)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[i >> 1] += out.x[t][i];
-        // movmatrix moves 16-bit numbers of any format
-        const Operand turned = transpose({{pack<Input>(out.x[0][0], out.x[0][1]), pack<Input>(out.x[0][2], out.x[0][3]),
-                                           pack<Input>(out.x[1][0], out.x[1][1]), pack<Input>(out.x[1][2], out.x[1][3])}});
-        slot.v().store(0, 16 * warp_index, turned);  // to leave in pieces of 16 bytes: a warp writes whole sectors
+              for (int j = 0; j < 2; ++j) {
+                const float sum = quad_sum(sums[i][j]);
+                sums[i][j] = 0;
+                if (means && (lane() & 3) == 0) means[slot_of_content * V + row(i) + 8 * j] = sum / C;
+                const float4 down = *(const float4*)(seen.wide_down + (row(i) + 8 * j) * RANK + 4 * (lane() & 3));
+                raw.x += sum * down.x, raw.y += sum * down.y, raw.z += sum * down.z, raw.w += sum * down.w;
+              }
+            raw = make_float4(column_sum(raw.x), column_sum(raw.y), column_sum(raw.z), column_sum(raw.w));
+            if (lane() < 4) *(float4*)(seen.raw + warp_index * RANK + 4 * lane()) = raw;
+            warp_sync();
+            if (lane() == 0) arrive(heard);
+          }
         warp_sync();
-        if (token + (lane() >> 1) < last_of_chunk)
-          *(uint4*)(o_of_lane + (i64)token * (HV * V * 2)) = *(uint4*)(slot.base + o_piece);
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i)
+          if (token + row_of_lane + 8 * i < last_of_chunk) {
+            const uint4 piece = *(uint4*)(slot.base + o_piece + 8 * i * (2 * V));
+            *(uint4*)(o_of_lane + (i64)(token + 8 * i) * (HV * V * 2)) = piece;
+          }
         warp_sync();
         const bool needed = READ && another && last_tile && s >= blocks - V / 64;  // for what follows the chunk
         if (lane() == 0 && !needed) arrive(ring.free());
@@ -761,55 +866,47 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
       }
     }
 
-    // -- what the next chunk's gates see --
-    if constexpr (MEAN)
-      if (another) {
-        sums[0] = quad_sum(sums[0]), sums[1] = quad_sum(sums[1]);
-        if (means && (lane() & 3) == 0) {
-          means[slot_of_content * V + row] = sums[0] / C;
-          means[slot_of_content * V + row + 8] = sums[1] / C;
-        }
-        const float4 down = *(const float4*)(seen.wide_down + row * RANK + 4 * (lane() & 3));
-        const float4 lower = *(const float4*)(seen.wide_down + (row + 8) * RANK + 4 * (lane() & 3));
-        const float4 raw = make_float4(
-            column_sum(sums[0] * down.x + sums[1] * lower.x), column_sum(sums[0] * down.y + sums[1] * lower.y),
-            column_sum(sums[0] * down.z + sums[1] * lower.z), column_sum(sums[0] * down.w + sums[1] * lower.w));
-        if (lane() < 4) *(float4*)(seen.raw + warp() * RANK + 4 * lane()) = raw;
-        sums[0] = sums[1] = 0;
-        sync_state_warps();
-      }
+    // -- "read": what the next chunk's gates see --
     if constexpr (READ)
       if (another) {
         // Z^T = P_down^T S^T; S^T goes through the slots of the last two blocks, 64 rows each, or of one block in turns
         constexpr int HALVES = V / 64;
         const bool in_turns = (last_of_chunk - first_of_chunk - 1) % TILE < BLOCK * (HALVES - 1);
-        const StateOperand S_in = round_to_bf16(S);
-        const auto half_state = [&](int half) { return shared_address(ring.at(RING - 1 - (in_turns ? 0 : half)).base); };
-        Sums z = zeros(), odd = zeros();
+        const auto half_state = [&](int half) {
+          return shared_address(ring.at(RING - 1 - (in_turns ? 0 : half)).base);
+        };
+        constexpr int SLABS = COLUMNS / STATE_WARPS;  // 16-column slabs of Z^T that a warp makes
+        Sums z[SLABS], odd[SLABS];
+#pragma unroll
+        for (int n = 0; n < SLABS; ++n) z[n] = odd[n] = zeros();
 #pragma unroll 1
         for (int turn = 0; turn < (in_turns ? HALVES : 1); ++turn) {
           sync_state_warps();  // none needs the slots, or what went through them in the turn before
-          if (!in_turns || warp_index / 4 == turn) {
-            const u32 pairs = half_state(warp_index / 4) + warp_index % 4 * (32 * K) + lane_pair();
+          if (!in_turns || first_strip / 4 == turn)
 #pragma unroll
-            for (int m = 0; m < COLUMNS; ++m) store_left(pairs ^ 32 * m, S_in.x[m]);
-          }
+            for (int i = 0; i < STRIPS; ++i) {
+              const u32 pairs = half_state(first_strip / 4) + (first_strip + i) % 4 * (32 * K) + lane_pair();
+#pragma unroll
+              for (int m = 0; m < COLUMNS; ++m) store_left(pairs ^ 32 * m, round_to_bf16(S[i].x[m]));
+            }
           sync_state_warps();
 #pragma unroll 1
-          for (int m = warp_index; m < COLUMNS; m += STATE_WARPS) {
-#pragma unroll 1
-            for (int half = in_turns ? turn : 0; half < (in_turns ? turn + 1 : HALVES); ++half) {
-              const u32 left = shared_address(seen.down.base) + lane_left<V>();
-              const u32 right = (half_state(half) + lane_left<K>()) ^ 32 * m;
+          for (int half = in_turns ? turn : 0; half < (in_turns ? turn + 1 : HALVES); ++half) {
+            const u32 left = shared_address(seen.down.base) + lane_left<V>();
+            const u32 right = half_state(half) + lane_left<K>();
 #pragma unroll
-              for (int i = 0; i < 4; ++i)
-                multiply(i & 1 ? odd : z, load_left(left ^ (128 * half + 32 * i)), load_right_transposed(right + i * 32 * K));
-            }
-            if (in_turns && turn == 0) continue;
-            add(z, odd);
-            store_left((shared_address(seen.rest.base) + lane_pair()) ^ 32 * m, round_to_bf16(z));
-            z = zeros(), odd = zeros();
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+              for (int n = 0; n < SLABS; ++n)
+                multiply(i & 1 ? odd[n] : z[n], load_left(left ^ (128 * half + 32 * i)),
+                         load_right_transposed((right ^ 32 * (SLABS * warp_index + n)) + i * (32 * K)));
           }
+        }
+#pragma unroll
+        for (int n = 0; n < SLABS; ++n) {
+          add(z[n], odd[n]);
+          const u32 Z = (shared_address(seen.rest.base) + lane_pair()) ^ 32 * (SLABS * warp_index + n);
+          store_left(Z, round_to_bf16(z[n]));
         }
         sync_state_warps();
         for (int i = 1; i <= HALVES - in_turns; ++i) {
@@ -821,12 +918,18 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
   }
 
   // -- the state behind the last token; a full chunk is not closed here --
-  if (memory_end) store_state(memory_end + own * K * V, S);
+  if (memory_end)
+#pragma unroll
+    for (int i = 0; i < STRIPS; ++i) store_strip(memory_end + own * K * V, S[i], first_strip + i);
   if constexpr (MEAN) {
     if (content_end && thread < R) content_end[own * R + thread] = raw_content();
-    sums[0] = quad_sum(sums[0]), sums[1] = quad_sum(sums[1]);
-    if (content_sum_end && (lane() & 3) == 0)
-      content_sum_end[own * V + row] = sums[0], content_sum_end[own * V + row + 8] = sums[1];
+#pragma unroll
+    for (int i = 0; i < STRIPS; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float sum = quad_sum(sums[i][j]);
+        if (content_sum_end && (lane() & 3) == 0) content_sum_end[own * V + row(i) + 8 * j] = sum;
+      }
   }
   if constexpr (READ)
     if (content_end)

@@ -105,7 +105,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
 
   // -- which tile --
   const i64 tile = block_index() / HV;
-  const int tiles_of_chunk = (C + TILE - 1) / TILE;
+  const int tiles_of_chunk = (min(C, T) + TILE - 1) / TILE;
   int n = 0;  // the last sequence whose slots begin at the tile's or before
   for (int size = N; size > 1;) {
     const int half = size / 2;

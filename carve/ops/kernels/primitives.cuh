@@ -157,14 +157,18 @@ DEVICE void arrive(Signal* signal) {
 }
 DEVICE bool has_ended(Signal* signal, int phase) {
   u32 ended;
-#if __CUDA_ARCH__ >= 900  // sleeps for a while if it has not
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#else
   asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-#endif
                : "=r"(ended) : "r"(shared_address(signal)), "r"(phase) : "memory");
   return ended;
 }
 DEVICE void wait(Signal* signal, int phase) {
+#if __CUDA_ARCH__ >= 900  // sleeps meanwhile
+  u32 ended;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(ended) : "r"(shared_address(signal)), "r"(phase) : "memory");
+  } while (!ended);
+#else
   while (!has_ended(signal, phase)) {}
+#endif
 }

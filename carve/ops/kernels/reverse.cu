@@ -24,12 +24,11 @@ constexpr int O_DR = O_EDITS + TILE * V * 2, O_M = O_DR + TILE * V * 2, O_T = O_
 constexpr int O_DECAY = O_A + TILE * 64, O_W = O_DECAY + BLOCKS * K * 4, O_WRITE = O_W + TILE * 4;
 constexpr int O_STRONG = O_WRITE + TILE * 4, O_DLOGIT = O_STRONG + 64, O_DA = O_DLOGIT + TILE * 4;
 constexpr int O_DZ = O_DA + WARPS * TILE * 4, O_DSUM = O_DZ + (READ ? 2 * TILE * 32 : 0), O_DCONTENT = O_DSUM + V * 4;
-constexpr int O_MEAN = O_DCONTENT + 2 * RANK * 4, O_DSHIFT = O_MEAN + V * 4, O_CONTENT = O_DSHIFT + (K + 16) * 4;
+constexpr int O_DSHIFT = O_DCONTENT + 3 * RANK * 4, O_CONTENT = O_DSHIFT + (K + 16) * 4;
 constexpr int O_DOWN = Aligned<O_CONTENT + (4 * RANK + K + TILE) * 4>::bytes;
 constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0);
 constexpr int O_Z = O_UP + (READ ? RANK * K * 2 : MEAN ? RANK * K * 4 : 0);
-constexpr int O_SUMS = O_Z + (READ ? RANK * K * 2 : 0);
-constexpr int SHARED_BYTES = O_SUMS + (MEAN ? RANK * (V + K) * 4 : 0);
+constexpr int SHARED_BYTES = O_Z + (READ ? RANK * K * 2 : 0);
 
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
 
@@ -37,6 +36,13 @@ DEVICE Operand negate(Operand a) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a.x[i] ^= 0x80008000u;
   return a;
+}
+
+DEVICE float pick(const float (&x)[RANK], int i) {  // without an index into registers at run time
+  float y = x[0];
+#pragma unroll
+  for (int r = 1; r < RANK; ++r) y = i == r ? x[r] : y;
+  return y;
 }
 
 DEVICE Sums widen(const Operand& a) {
@@ -52,13 +58,14 @@ DEVICE Sums widen(const Operand& a) {
 // Inputs as in the forward, and what it saved; gradients of o and of the state behind the last token (null for zero).
 // Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, V + K + 4]: what the
 // content adds to the gradient of the chunk's outputs (V), to its erase logits (K) and its write logits (1), for "mean";
-// d_z, [block, head, lane]: the gradient of the content z, for "read"; gradients of the projections and of the state
-// before the first token, [N, HV, ...].
+// d_contents, [chunk, head, RANK + K + 4]: gradients of the content (RANK) and of the gates' shifts (K and 1), for "mean",
+// of which the projections' gradients are sums; d_z, [block, head, lane]: the gradient of the content z, and those of the projections, [N, HV, ...], for "read"; gradients of
+// the state before the first token, [N, HV, ...].
 KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
     const void* q, const void* k, const void* v, const float* g, const void* e, const float* w, const float* p_down,
     const float* p_up, const float* p_write, const i64* bounds, const i64* positions, const u32* states,
-    const u32* edits, const float* contents, const float* means, const void* d_o, const float* d_memory_end,
-    const float* d_content_end, const float* d_content_sum_end, u32* d_states, u32* d_edits, float* passed, u32* d_z_all,
+    const u32* edits, const float* contents, const void* d_o, const float* d_memory_end,
+    const float* d_content_end, const float* d_content_sum_end, u32* d_states, u32* d_edits, float* passed, u32* d_z_all, float* d_contents,
     float* d_p_down, float* d_p_up, float* d_p_write, float* d_memory, float* d_content, float* d_content_sum,
     float scale, float top, int H, int HV, int H_g, int H_e, int R, int T, int C) {
   byte* shared = shared_memory();
@@ -85,9 +92,8 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
   float* d_sum = (float*)(shared + O_DSUM);         // gradient of the running sum of outputs, [V] ("mean")
   float* d_raw = (float*)(shared + O_DCONTENT);     // gradient of the content, [RANK] ("mean")
   float* d_z = d_raw + RANK;                        // gradient of its norm
-  float* mean = (float*)(shared + O_MEAN);          // of the outputs of the chunk before, [V] ("mean")
+  float* d_end = d_z + RANK;                        // gradient of the content behind the last token, then 0
   float* d_shift = (float*)(shared + O_DSHIFT);     // gradient of the gates' shifts, [K] and [1] ("mean")
-  float *d_down_sum = (float*)(shared + O_SUMS), *d_up_sum = d_down_sum + V * RANK;  // [V, RANK], [RANK, K] ("mean")
   const bool into_write = (MEAN || READ) && w && p_write;
   static_assert(K * 32 <= 2 * TILE * 32, "dZ lies over dz and z");
 
@@ -106,23 +112,39 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
         });
   }
   if constexpr (MEAN) {
-    if (thread < RANK) d_raw[thread] = d_content_end && thread < R ? d_content_end[own * R + thread] : 0;
-    for (int i = thread; i < RANK * (V + K); i += THREADS) d_down_sum[i] = 0;
+    if (thread < RANK) d_raw[thread] = d_end[thread] = d_content_end && thread < R ? d_content_end[own * R + thread] : 0;
     for (int i = thread; i < V; i += THREADS) d_sum[i] = d_content_sum_end ? d_content_sum_end[own * V + i] : 0;
   }
 
   for (int chunk = sequence.chunks - 1; chunk >= 0; --chunk) {
     const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
     const i64 slot = (sequence.slot + chunk) * HV + head;
+    float* to_sums = d_contents + slot * (RANK + K + 4);  // "mean"
     if constexpr (MEAN)
       if (thread < RANK) seen.raw[thread] = contents[slot * RANK + thread];
     if constexpr (READ)
       for (int i = thread; i < RANK * K / 2; i += THREADS)
         ((u32*)seen.Z.base)[i] = ((const u32*)contents)[slot * (RANK * K / 2) + i];
-    set_shifts(seen);
     if constexpr (MEAN) {
-      if (chunk > 0)
-        for (int i = thread; i < V; i += THREADS) mean[i] = means[((sequence.slot + chunk - 1) * HV + head) * V + i];
+      sync();
+      float squares = 0;
+#pragma unroll
+      for (int r = 0; r < RANK; ++r) squares += seen.raw[r] * seen.raw[r];
+      const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
+      for (int i = thread; i < K; i += THREADS) {
+        float shift = 0;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) shift += seen.raw[r] * root * seen.wide_up[r * K + i];
+        seen.erase_shift[i] = shift;
+      }
+      if (warp() == WARPS - 1) {
+        const int r = lane() & 15;
+        float shift = seen.raw[r] * root * seen.write[r];
+#pragma unroll
+        for (int mask = 1; mask < 16; mask *= 2) shift += shuffle_xor(shift, mask);
+        if (lane() == 0) *seen.write_shift = shift;
+      }
+      sync();
       float* to = passed + slot * (V + K + 4);
       for (int i = thread; i < V; i += THREADS) to[i] = d_sum[i];
       for (int i = thread; i < K; i += THREADS) to[V + i] = seen.erase_shift[i];
@@ -171,11 +193,16 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
         sync();
       }
       if constexpr (MEAN || HALF)
-        for (int i = thread; i < TILE * V / 2; i += THREADS) {
-          const int row = i / (V / 2), column = 2 * (i % (V / 2));
-          const float2 x = unpack<Input>(d.pair(row, column));
-          const float2 more = MEAN ? *(float2*)(d_sum + column) : make_float2(0, 0);
-          d.pair(row, column) = pack<Bf16>(x.x + more.x, x.y + more.y);
+        for (int i = thread; i < TILE * V / 8; i += THREADS) {
+          const int row = i / (V / 8), column = 8 * (i % (V / 8));
+          uint4& piece = *(uint4*)d.at(row, column);
+          Operand x = as_operand(piece);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float2 y = unpack<Input>(x.x[j]), more = MEAN ? *(float2*)(d_sum + column + 2 * j) : make_float2(0, 0);
+            x.x[j] = pack<Bf16>(y.x + more.x, y.y + more.y);
+          }
+          piece = as_uint4(x);
         }
       prepare<false>(p, seen);
       sync();
@@ -262,10 +289,19 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll 1
           for (int s = 0; s < blocks; ++s) {
             const bool strong = p.strong[s];
-            Sums dk_in = zeros();
+            Sums sums[2] = {zeros(), zeros()}, dk_in;
 #pragma unroll
-            for (int m = 0; m < ROWS; ++m)
-              multiply(dk_in, negate(dr.block(s).load(0, 16 * m)), round_to_bf16(S[m]));
+            for (int m = 0; m < ROWS; m += 4) {  // operands ahead of the products that wait for each other
+              Operand dr_m[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) dr_m[i] = dr.block(s).load(0, 16 * (m + i));
+#pragma unroll
+              for (int i = 0; i < 4; ++i) multiply(sums[i & 1], dr_m[i], round_to_bf16(S[m + i]));
+            }
+#pragma unroll
+            for (int t = 0; t < 2; ++t)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) dk_in.x[t][i] = -(sums[0].x[t][i] + sums[1].x[t][i]);
             if (!strong) multiply(dk_in, dA_bf16.block(s).load(0, 0), p.k_out.block(s).load_transposed(0, first_column));
 
             Operand dx_rows;
@@ -304,12 +340,18 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
               const Operand k_end = p.k_end.block(s).load_transposed(0, first_column);
               const float decay[2] = {p.decay[s * K + first_column + quad_row()], p.decay[s * K + first_column + quad_row() + 8]};
 #pragma unroll
-              for (int m = 0; m < ROWS; ++m) {
+              for (int m = 0; m < ROWS; m += 4) {
+                Operand v_m[4];
 #pragma unroll
-                for (int t = 0; t < 2; ++t)
+                for (int j = 0; j < 4; ++j) v_m[j] = v_new.block(s).load_transposed(0, 16 * (m + j));
 #pragma unroll
-                  for (int i = 0; i < 4; ++i) S[m].x[t][i] *= decay[i >> 1];
-                multiply(S[m], k_end, v_new.block(s).load_transposed(0, 16 * m));
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                  for (int t = 0; t < 2; ++t)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) S[m + j].x[t][i] *= decay[i >> 1];
+                  multiply(S[m + j], k_end, v_m[j]);
+                }
               }
             }
           }
@@ -385,7 +427,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
       sync();
     }
 
-    // -- "mean": from the gates' logits to the content, the projections, and the outputs of the chunk before --
+    // -- "mean": from the gates' logits to the content, and to the outputs of the chunk before --
     if constexpr (MEAN) {
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab)
@@ -404,45 +446,41 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
         if (lane() == 0) d_shift[K + 1 + warp()] = x;
       }
       sync();
-      const float d_shift_write = d_shift[K + 1] + (TILE > 32 ? d_shift[K + 2] : 0);
-#pragma unroll 1
-      for (int i = thread; i < RANK * K; i += THREADS) d_up_sum[i] += seen.z[i / K] * d_shift[i % K];
-      if (thread < RANK) d_write[0][0] += seen.z[thread] * d_shift_write;
-      for (int r = warp(); r < RANK; r += WARPS) {
+      const float d_shift_write = d_shift[K + 1] + d_shift[K + 2];
+      {  // d_z = d_shift P_up^T, a number of it by PARTS threads
+        constexpr int PARTS = THREADS / RANK;
+        const int r = thread / PARTS, part = thread % PARTS;
         float x = 0;
-        for (int i = lane(); i < K; i += 32) x += d_shift[i] * seen.wide_up[r * K + i];
-        x = warp_sum(x) + d_shift_write * seen.write[r];
-        if (lane() == 0) d_z[r] = x;
+#pragma unroll
+        for (int i = 0; i < K / PARTS; ++i) x += d_shift[part + PARTS * i] * seen.wide_up[r * K + part + PARTS * i];
+#pragma unroll
+        for (int mask = 1; mask < PARTS; mask *= 2) x += shuffle_xor(x, mask);
+        if (part == 0) d_z[r] = x + d_shift_write * seen.write[r];
+      }
+      for (int i = thread; i < K + 1; i += THREADS) to_sums[RANK + i] = i < K ? d_shift[i] : d_shift_write;
+      sync();
+      float dr_content[RANK];  // gradient of the content; every thread has it all
+      {
+        float squares = 0, dot = 0;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) squares += seen.raw[r] * seen.raw[r], dot += seen.raw[r] * d_z[r];
+        const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r)
+          dr_content[r] = d_end[r] + root * (d_z[r] - (RMS ? seen.raw[r] * root * root * dot / R : 0));
+      }
+      if (thread < RANK && chunk > 0) to_sums[thread] = pick(dr_content, thread);
+      for (int i = thread; i < V; i += THREADS) {
+        float x = 0;
+#pragma unroll
+        for (int r = 0; r < RANK; r += 4) {
+          const float4 down = *(const float4*)(seen.wide_down + i * RANK + r);
+          x += (down.x * dr_content[r] + down.y * dr_content[r + 1]) + (down.z * dr_content[r + 2] + down.w * dr_content[r + 3]);
+        }
+        if (chunk > 0) d_sum[i] = x / C;
       }
       sync();
-      if (warp() == 0) {
-        const int r = lane() & 15;
-        float x = d_z[r];
-        if constexpr (RMS) {
-          float squares = seen.raw[r] * seen.raw[r], dot = seen.z[r] * x;
-#pragma unroll
-          for (int mask = 1; mask < 16; mask *= 2) squares += shuffle_xor(squares, mask), dot += shuffle_xor(dot, mask);
-          x = reciprocal_root(squares / R + 1e-8f) * (x - seen.z[r] * dot / R);
-        }
-        warp_sync();
-        if (lane() < RANK) d_raw[r] += x;
-      }
-      sync();
-      if (chunk > 0) {
-#pragma unroll 1
-        for (int i = thread; i < V * RANK; i += THREADS) d_down_sum[i] += mean[i / RANK] * d_raw[i % RANK];
-        for (int i = thread; i < V; i += THREADS) {
-          float x = 0;
-#pragma unroll
-          for (int r = 0; r < RANK; r += 4) {
-            const float4 down = *(const float4*)(seen.wide_down + i * RANK + r);
-            x += (down.x * d_raw[r] + down.y * d_raw[r + 1]) + (down.z * d_raw[r + 2] + down.w * d_raw[r + 3]);
-          }
-          d_sum[i] = x / C;
-        }
-        sync();
-        if (thread < RANK) d_raw[thread] = 0;
-      }
+      if (thread < RANK) d_end[thread] = 0, d_raw[thread] = pick(dr_content, thread);
     }
   }
 
@@ -453,10 +491,6 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
     if (d_content && thread < R) d_content[own * R + thread] = d_raw[thread];
     if (d_content_sum)
       for (int i = thread; i < V; i += THREADS) d_content_sum[own * V + i] = d_sum[i];
-    for (int i = thread; i < V * RANK; i += THREADS)
-      if (i % RANK < R) d_p_down[(own * V + i / RANK) * R + i % RANK] = d_down_sum[i];
-    for (int i = thread; i < R * K; i += THREADS) d_p_up[own * R * K + i] = d_up_sum[i];
-    if (thread < R) d_p_write[own * R + thread] = d_write[0][0];
   }
   if constexpr (READ) {
     for_each(d_down, [&](float& x, int row, int r) {

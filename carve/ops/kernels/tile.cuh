@@ -158,14 +158,16 @@ struct Sequence {
   i64 begin;             // of its first token in the batch
   int length, position;  // tokens; tokens of the first chunk that came before this call
   int C, chunks;
+  int span;              // tokens of a chunk that a call can have, at most
   i64 slot;              // of its first chunk among all that are saved
 
-  // bounds: [N + 1], or null for sequences of T tokens; positions: [N], or null for zeros
+  // bounds: [N + 1], or null; T: tokens of a row, which without bounds is a sequence; positions: [N], or null for zeros
   DEVICE Sequence(const i64* bounds, const i64* positions, int n, int T, int chunk_size) {
     begin = bounds ? bounds[n] : (i64)n * T;
     length = bounds ? (int)(bounds[n + 1] - begin) : T;
     position = positions ? (int)positions[n] : 0;
     C = chunk_size;
+    span = min(C, T);
     chunks = length ? (position + length - 1) / C + 1 : 0;
     slot = begin / C + 2 * n;  // a sequence of L tokens touches at most L / C + 2 chunks
   }
@@ -173,7 +175,7 @@ struct Sequence {
   DEVICE int last(int chunk) const { return min(length, (chunk + 1) * C - position); }  // one behind it
   // of what is saved every `tokens` tokens of a chunk
   DEVICE i64 slot_of(int chunk, int token_of_chunk, int tokens) const {
-    return (slot + chunk) * ((C + tokens - 1) / tokens) + token_of_chunk / tokens;
+    return (slot + chunk) * ((span + tokens - 1) / tokens) + token_of_chunk / tokens;
   }
 };
 

@@ -1,0 +1,258 @@
+"""The CUDA kernels against the float64 recurrence. Errors are norms over norms; see `tests/tolerances.py`."""
+
+import pytest
+import torch
+
+from carve.ops import CarveState, chunk_carve, recurrent_carve
+from tests.tolerances import tolerance
+
+pytestmark = pytest.mark.gpu
+LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 1000]
+contents = pytest.mark.parametrize("content", [None, "mean", "read"])
+
+
+def draw(
+    lengths: list[int],
+    *,
+    H: int = 2,
+    groups: int = 1,
+    K: int = 128,
+    V: int = 128,
+    R: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    content: str | None = None,
+    norm: str | None = "rms",
+    write: bool = True,
+    grouped: bool = False,
+    started: bool = False,
+    decay: str = "weak",
+    gates: str = "open",
+    C: int = 64,
+    neg: bool = False,
+    seed: int = 0,
+) -> dict:
+    """Arguments of the op on a GPU: sequences packed into a row, projections that are heard."""
+    r = torch.Generator().manual_seed(seed)
+    T, N, HV = sum(lengths), len(lengths), H * groups
+    either = HV if grouped else H
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=r)
+
+    def sprinkle(x: torch.Tensor, share: float, value: float, *shape: int) -> torch.Tensor:
+        return torch.where(torch.rand(*shape, generator=r) < share, value, x)
+
+    k = normal(1, T, H, K) + 0.5 * normal(1, 1, H, K)
+    x = {name: y / y.norm(dim=-1, keepdim=True) for name, y in (("q", normal(1, T, H, K)), ("k", k))}
+    g = -torch.nn.functional.softplus(normal(1, T, either, K) - 3)
+    e, w = normal(1, T, either, K), normal(1, T, HV)
+    if decay == "mixed":
+        for share, value in ((0.02, -50.0), (0.005, -316.0), (0.2, 0.0)):
+            g = sprinkle(g, share, value, 1, T, either, K)
+        g = sprinkle(g, 0.02, -5.0, 1, T, either, 1)
+    elif decay != "weak":
+        g = torch.full_like(g, float(decay))
+    if gates == "shut or open":
+        e = sprinkle(sprinkle(e, 0.4, float("inf"), *e.shape), 0.4, -float("inf"), *e.shape)
+        w = sprinkle(sprinkle(w, 0.3, float("inf"), *w.shape), 0.3, -float("inf"), *w.shape)
+    x |= {"v": normal(1, T, HV, V), "e": e}
+    x = {name: y.to(dtype) for name, y in x.items()} | {"g": g, "w": w if write else None}
+    if content:
+        size = V**-0.5 * (1 if content == "read" else 30)
+        x |= {"p_down": size * normal(HV, V, R), "p_up": 0.7 * normal(HV, R, K) / R**0.5}
+        x["p_write"] = 0.7 * normal(HV, R) / R**0.5 if write else None
+    state = None
+    if started:
+        seen = {None: None, "mean": (N, HV, R), "read": (N, HV, K, R)}[content]
+        state = CarveState(
+            0.3 * normal(N, HV, K, V),
+            None if seen is None else 0.3 * normal(*seen),
+            normal(N, HV, V) if content == "mean" else None,
+            torch.randint(C, (N,), generator=r),
+        )
+        state = CarveState(*(None if y is None else y.cuda() for y in state))
+    options = {"content": content or "mean", "content_norm": norm, "chunk_size": C, "allow_neg_eigval": neg}
+    x = {name: None if y is None else y.cuda() for name, y in x.items()}
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)]).cuda()
+    return x | options | {"initial_state": state, "cu_seqlens": bounds}
+
+
+def in_float64(arguments: dict) -> dict:
+    def widen(y: object) -> object:
+        if isinstance(y, CarveState):
+            return CarveState(*(widen(field) for field in y))
+        return y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y
+
+    return {name: widen(y) for name, y in arguments.items()}
+
+
+def run(op, arguments: dict, **more) -> tuple[torch.Tensor, CarveState, dict[str, torch.Tensor]]:
+    """Outputs, the final state, and the gradients of a random weighing of both."""
+    arguments = {name: y.detach() if isinstance(y, torch.Tensor) else y for name, y in arguments.items()}
+    leaves = {name: y for name, y in arguments.items() if isinstance(y, torch.Tensor) and y.is_floating_point()}
+    begin = arguments["initial_state"]
+    if begin is not None:
+        begin = CarveState(*(None if y is None else y.detach() for y in begin))
+        arguments["initial_state"] = begin
+        leaves |= {name: y for name, y in begin._asdict().items() if y is not None and name != "position"}
+    for y in leaves.values():
+        y.requires_grad_()
+    o, end = op(**arguments, output_final_state=True, **more)
+    r = torch.Generator("cuda").manual_seed(1)
+    weighed = (o.double() * torch.randn(o.shape, generator=r, device="cuda")).sum()
+    for y in end[:3]:
+        if y is not None:
+            weighed = weighed + 0.1 * (y.double() * torch.randn(y.shape, generator=r, device="cuda")).sum()
+    found = torch.autograd.grad(weighed, list(leaves.values()), allow_unused=True)
+    return o, end, {name: dy for name, dy in zip(leaves, found, strict=True) if dy is not None}
+
+
+def off(found: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> float:
+    """Norm of the error over the norm of what is expected, or over `least` if that is more."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    if not expected.numel():
+        return 0.0
+    return ((found.double() - expected.double()).norm() / max(expected.double().norm().item(), least, 1e-30)).item()
+
+
+def assert_as_exact(arguments: dict) -> None:
+    o, end, gradients = run(chunk_carve, arguments, backend="cuda")
+    exact_o, exact_end, exact = run(recurrent_carve, in_float64(arguments), backend="torch")
+    if arguments.get("p_down") is not None:
+        blind = arguments | {"p_down": None, "p_up": None, "p_write": None}
+        begin = blind["initial_state"]
+        blind["initial_state"] = None if begin is None else begin._replace(content=None, content_sum=None)
+        without = chunk_carve(**blind, backend="cuda")[0]
+        assert off(without, exact_o) > tolerance("op_content_effect"), "the content is not heard"
+    errors = {"o": off(o, exact_o)}
+    for name, y, exact_y in zip(CarveState._fields, end, exact_end, strict=True):
+        if name == "position":
+            assert torch.equal(y, exact_y)
+        elif exact_y is not None:
+            errors[name] = off(y, exact_y, least=1e-3 * exact_end.memory.norm().item())
+    bad = {name: error for name, error in errors.items() if error > tolerance("op_kernel")}
+    # where everything decays at once, the gradient of g is nothing but what is left of terms like q dq
+    least = 1e-3 * (exact["q"] * arguments["q"].double()).norm().item()
+    errors = {f"d{name}": off(gradients[name], dy, least) for name, dy in exact.items()}
+    bad |= {name: error for name, error in errors.items() if error > tolerance("op_kernel_gradient")}
+    assert set(gradients) == set(exact)
+    assert not bad, bad
+
+
+@contents
+@pytest.mark.parametrize("norm", [None, "rms"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (128, 128), (64, 128), (128, 64)])
+def test_shapes_and_dtypes(content: str | None, norm: str | None, dtype: torch.dtype, K: int, V: int) -> None:
+    assert_as_exact(draw([300, 211], K=K, V=V, dtype=dtype, content=content, norm=norm))
+
+
+@contents
+def test_packed_sequences_with_grouped_heads_and_states(content: str | None) -> None:
+    assert_as_exact(draw(LENGTHS, groups=2, grouped=True, R=7, content=content, started=True))
+
+
+@contents
+@pytest.mark.parametrize("decay", ["0", "-5", "-50", "-316", "mixed"])
+def test_decays(content: str | None, decay: str) -> None:
+    # nothing but the last token is left of a memory that decays so: its norm's direction is all rounding
+    norm = "rms" if decay in ("0", "mixed") or content == "mean" else None
+    assert_as_exact(draw([200, 131], H=4, content=content, norm=norm, decay=decay, started=decay == "mixed"))
+
+
+@contents
+def test_gates_at_0_and_1(content: str | None) -> None:
+    assert_as_exact(draw([300, 100], H=4, content=content, gates="shut or open"))
+
+
+@contents
+@pytest.mark.parametrize("C", [1, 5, 16, 17, 63, 100, 512])
+def test_chunk_sizes(content: str | None, C: int) -> None:
+    assert_as_exact(draw([150 if C < 16 else 700], content=content, C=C, started=True, seed=C))
+
+
+@contents
+def test_no_write_gate_and_strong_erasure(content: str | None) -> None:
+    assert_as_exact(draw([300], content=content, write=False, neg=True, C=32))
+
+
+@contents
+def test_any_mix_of_pieces(content: str | None) -> None:
+    arguments = draw([400], content=content, C=48)
+    whole, final = recurrent_carve(**in_float64(arguments), backend="torch", output_final_state=True)
+    state, outputs, start = None, [], 0
+    tokens = [name for name in ("q", "k", "v", "g", "e", "w") if arguments[name] is not None]
+    pieces = [(chunk_carve, "cuda", 97), (recurrent_carve, "torch", 3), (recurrent_carve, "cuda", 1)]
+    pieces += [
+        (chunk_carve, "torch", 43),
+        (chunk_carve, "cuda", 48),
+        (recurrent_carve, "cuda", 8),
+        (chunk_carve, "cuda", 200),
+    ]
+    for op, backend, length in pieces:
+        piece = arguments | {name: arguments[name][:, start : start + length] for name in tokens}
+        piece |= {"initial_state": state, "cu_seqlens": None}
+        o, state = op(**piece, output_final_state=True, backend=backend)
+        outputs.append(o)
+        start += length
+    assert off(torch.cat(outputs, 1), whole) <= tolerance("op_kernel")
+    assert off(state.memory, final.memory) <= tolerance("op_kernel")
+
+
+@contents
+def test_a_long_sequence(content: str | None) -> None:
+    arguments = draw([100_000], H=1, content=content, norm="rms")
+    with torch.no_grad():
+        o, end = chunk_carve(**arguments, output_final_state=True, backend="cuda")
+        exact, exact_end = chunk_carve(**in_float64(arguments), output_final_state=True, backend="torch")
+    assert off(o, exact) <= tolerance("op_kernel")
+    assert off(o[:, -1000:], exact[:, -1000:]) <= tolerance("op_kernel")
+    assert off(end.memory, exact_end.memory) <= tolerance("op_kernel")
+
+
+@contents
+def test_same_bits_beside_another_kernel(content: str | None) -> None:
+    arguments = draw(LENGTHS, groups=2, content=content, decay="mixed", started=True)
+    first = run(chunk_carve, arguments, backend="cuda")
+    beside, a = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    for _ in range(100):
+        with torch.cuda.stream(beside):
+            a = (a @ a).clamp(-1, 1)
+        again = run(chunk_carve, arguments, backend="cuda")
+        assert torch.equal(again[0], first[0])
+        assert all(x is y or torch.equal(x, y) for x, y in zip(again[1], first[1], strict=True))
+        assert all(torch.equal(again[2][name], dy) for name, dy in first[2].items())
+
+
+@contents
+def test_every_element_is_written(content: str | None) -> None:
+    arguments = draw(LENGTHS, groups=2, content=content, started=True)
+    plain = run(chunk_carve, arguments, backend="cuda")
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        assert torch.empty(3, device="cuda").isnan().all()
+        poisoned = run(chunk_carve, arguments, backend="cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(poisoned[0], plain[0])
+    assert all(x is y or torch.equal(x, y) for x, y in zip(poisoned[1], plain[1], strict=True))
+    assert all(torch.equal(poisoned[2][name], dy) for name, dy in plain[2].items())
+
+
+@contents
+def test_neighbours_leave_a_sequence_alone(content: str | None) -> None:
+    both, tokens = draw([130, 70], content=content), ("q", "k", "v", "g", "e", "w")
+    alone = both | {name: both[name][:, 130:] for name in tokens} | {"cu_seqlens": None}
+    o, _ = chunk_carve(**both, backend="cuda")
+    assert torch.equal(o[:, 130:], chunk_carve(**alone, backend="cuda")[0])
+
+
+@contents
+def test_the_future_leaves_the_past_alone(content: str | None) -> None:
+    arguments, tokens = draw([200], content=content), ("q", "k", "v", "g", "e", "w")
+    o, _ = chunk_carve(**arguments, backend="cuda")
+    other = draw([200], content=content, seed=1)
+    for t in (1, 17, 64, 100):
+        later = {name: torch.cat([arguments[name][:, :t], other[name][:, t:]], 1) for name in tokens}
+        assert torch.equal(chunk_carve(**arguments | later, backend="cuda")[0][:, :t], o[:, :t])
