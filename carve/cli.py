@@ -166,6 +166,135 @@ def tokenizer(
     print(train_tokenizer(data, vocab_size, out))
 
 
+@app.command()
+def probe(
+    task: Annotated[str, typer.Option(help="Tasks, separated by commas; see docs/probes.md.")],
+    mixer: Annotated[str, typer.Option(help="Mixers, separated by commas, as in carve/evals/mixers.py.")],
+    pairs: Annotated[str, typer.Option(help="Numbers of pairs, for tasks that have them: 4,8,16.")] = "",
+    length: Annotated[str, typer.Option(help="Lengths, for tasks that have one: 16,32.")] = "",
+    seeds: Annotated[int, typer.Option(help="Runs of each, with seeds 0, 1, ...")] = 3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 64,
+    learning_rate: Annotated[
+        str, typer.Option(help="Peaks, separated by commas; the best on validation is reported.")
+    ] = "2e-3",
+    set: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a field of the tasks; repeat for more.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of CarveConfig; repeat for more.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
+    shard: Annotated[str, typer.Option(help="I/N: the I-th of N processes that share the runs.")] = "1/1",
+    output: Annotated[Path, typer.Option(help="The folder of results.jsonl and probes.png.")] = Path("runs/probe"),
+) -> None:
+    """Train small models on recall, editing and state-tracking tasks. Run again, it goes on where it stopped."""
+    from carve.evals.probes.runs import parse_shard, plan_probes, probe_device, run_probes
+
+    _quiet()
+    device = probe_device(device)
+    runs = plan_probes(
+        _names(task),
+        _names(mixer),
+        pairs=_numbers("pairs", pairs, int),
+        lengths=_numbers("length", length, int),
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rates=_numbers("learning-rate", learning_rate, float),
+        fields=_assignments("set", set or []),
+        model=_assignments("model", model or []),
+        device=device,
+    )
+    if not run_probes(runs, output, device=device, shard=parse_shard(shard)):
+        print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def needle(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="The file of JSON lines to add results to.")],
+    task: Annotated[
+        str, typer.Option(help="Tasks, separated by commas.")
+    ] = "s-niah-1,s-niah-2,s-niah-3,mk-niah-1,mk-niah-2,mk-niah-3,mv-niah,mq-niah",
+    length: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "1024,2048,4096,8192",
+    samples: Annotated[int, typer.Option(help="Of each task and length.")] = 100,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text to hide needles in: a file or folder (.txt, .txt.gz).  [default: noise]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+) -> None:
+    """Needle in a haystack, as in RULER, by greedy generation. Run again, it goes on where it stopped."""
+    from carve.evals.probes.needle import run_needles
+
+    _quiet()
+    lengths = _numbers("length", length, int)
+    if not run_needles(checkpoint, _names(task), lengths, output, samples=samples, haystack=haystack, seed=seed):
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command("lm-eval")
+def lm_eval(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="The file of JSON lines to add results to.")],
+    tasks: Annotated[
+        str, typer.Option(help="Names of lm-evaluation-harness, separated by commas.")
+    ] = "wikitext,lambada_openai,piqa,hellaswag,winogrande,arc_easy,arc_challenge,social_iqa,boolq,openbookqa",
+    data: Annotated[
+        list[str] | None, typer.Option(help="TASK=FILE, or a folder of files; repeat for more.  [default: the Hub]")
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens of context of RULER's tasks.")] = "1024,2048,4096",
+    limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Contexts, and continuations, read at once.")] = 16,
+) -> None:
+    """Standard benchmarks, as lm-evaluation-harness defines them. Run again, it goes on where it stopped."""
+    from carve.evals.harness import run_harness
+
+    _quiet()
+    lengths = _numbers("length", length, int)
+    if not run_harness(
+        checkpoint, _names(tasks), output, data=data or [], lengths=lengths, limit=limit, batch_size=batch_size
+    ):
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+@app.command()
+def bench(
+    batch: Annotated[int, typer.Option(help="B, sequences.")] = 1,
+    length: Annotated[int, typer.Option(help="T, tokens of each.")] = 1024,
+    heads: Annotated[int, typer.Option(help="H.")] = 4,
+    key_dim: Annotated[int, typer.Option(help="K, of a head.")] = 64,
+    value_dim: Annotated[int, typer.Option(help="V, of a head.")] = 64,
+    chunk_size: Annotated[int, typer.Option(help="C, tokens whose gates see the same content.")] = 64,
+    backend: Annotated[str, typer.Option(help="auto, torch, triton or cuda.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.  [default: cuda if there is one]")] = None,
+    rounds: Annotated[int, typer.Option(help="Times each is run; figures are medians.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write the raw numbers to this file.")] = None,
+) -> None:
+    """Speed and memory of the op on this device, for every content, beside fla's operators where they are installed."""
+    from carve.bench import report
+
+    report(
+        (batch, length, heads, key_dim, value_dim, chunk_size),
+        backend=backend,
+        device=device,
+        rounds=rounds,
+        json_path=json,
+    )
+
+
+def _names(text: str) -> list[str]:
+    """The items of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    """The numbers of a comma-separated list."""
+    try:
+        return [kind(number) for number in _names(text)]
+    except ValueError:
+        raise ValueError(f"--{option} is {text!r}, expected numbers separated by commas") from None
+
+
 def _assignments(option: str, pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE as a mapping, the values read as YAML."""
     assigned = {}

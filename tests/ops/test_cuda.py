@@ -1,4 +1,8 @@
-"""The CUDA kernels against the float64 recurrence. Errors are norms over norms; see `tests/tolerances.py`."""
+"""The CUDA kernels against float64. Errors are norms over norms; see `tests/tolerances.py`.
+
+The float64 is the chunk form in torch, which `test_chunked.py` holds to the recurrence within 1e-10: token by token these
+tests would take ten times as long.
+"""
 
 import pytest
 import torch
@@ -58,7 +62,7 @@ def draw(
     x |= {"v": normal(1, T, HV, V), "e": e}
     x = {name: y.to(dtype) for name, y in x.items()} | {"g": g, "w": w if write else None}
     if content:
-        size = V**-0.5 * (1 if content == "read" else 30)
+        size = V**-0.5 * (1 if content == "read" else 30 if norm else 200)  # the mean is small unless normed
         x |= {"p_down": size * normal(HV, V, R), "p_up": 0.7 * normal(HV, R, K) / R**0.5}
         x["p_write"] = 0.7 * normal(HV, R) / R**0.5 if write else None
     state = None
@@ -116,10 +120,10 @@ def off(found: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> floa
     return ((found.double() - expected.double()).norm() / max(expected.double().norm().item(), least, 1e-30)).item()
 
 
-def assert_as_exact(arguments: dict) -> None:
+def assert_as_exact(arguments: dict, heard: bool = True) -> None:
     o, end, gradients = run(chunk_carve, arguments, backend="cuda")
-    exact_o, exact_end, exact = run(recurrent_carve, in_float64(arguments), backend="torch")
-    if arguments.get("p_down") is not None:
+    exact_o, exact_end, exact = run(chunk_carve, in_float64(arguments), backend="torch")
+    if heard and arguments.get("p_down") is not None:
         blind = arguments | {"p_down": None, "p_up": None, "p_write": None}
         begin = blind["initial_state"]
         blind["initial_state"] = None if begin is None else begin._replace(content=None, content_sum=None)
@@ -132,9 +136,9 @@ def assert_as_exact(arguments: dict) -> None:
         elif exact_y is not None:
             errors[name] = off(y, exact_y, least=1e-3 * exact_end.memory.norm().item())
     bad = {name: error for name, error in errors.items() if error > tolerance("op_kernel")}
-    # where everything decays at once, the gradient of g is nothing but what is left of terms like q dq
-    least = 1e-3 * (exact["q"] * arguments["q"].double()).norm().item()
-    errors = {f"d{name}": off(gradients[name], dy, least) for name, dy in exact.items()}
+    # the gradient of g is what is left of terms like q dq, which is nothing where everything decays at once
+    least = {"g": 0.05 * (exact["q"] * arguments["q"].double()).norm().item()}
+    errors = {f"d{name}": off(gradients[name], dy, least.get(name, 0)) for name, dy in exact.items()}
     bad |= {name: error for name, error in errors.items() if error > tolerance("op_kernel_gradient")}
     assert set(gradients) == set(exact)
     assert not bad, bad
@@ -157,8 +161,10 @@ def test_packed_sequences_with_grouped_heads_and_states(content: str | None) -> 
 @pytest.mark.parametrize("decay", ["0", "-5", "-50", "-316", "mixed"])
 def test_decays(content: str | None, decay: str) -> None:
     # nothing but the last token is left of a memory that decays so: its norm's direction is all rounding
-    norm = "rms" if decay in ("0", "mixed") or content == "mean" else None
-    assert_as_exact(draw([200, 131], H=4, content=content, norm=norm, decay=decay, started=decay == "mixed"))
+    forgets = decay not in ("0", "mixed")
+    norm = None if forgets and content == "read" else "rms"
+    arguments = draw([200, 131], H=4, content=content, norm=norm, decay=decay, started=decay == "mixed")
+    assert_as_exact(arguments, heard=not forgets)
 
 
 @contents
@@ -169,7 +175,7 @@ def test_gates_at_0_and_1(content: str | None) -> None:
 @contents
 @pytest.mark.parametrize("C", [1, 5, 16, 17, 63, 100, 512])
 def test_chunk_sizes(content: str | None, C: int) -> None:
-    assert_as_exact(draw([150 if C < 16 else 700], content=content, C=C, started=True, seed=C))
+    assert_as_exact(draw([150 if C < 16 else 700], H=4, content=content, C=C, started=True, seed=C))
 
 
 @contents

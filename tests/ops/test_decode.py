@@ -167,11 +167,10 @@ def test_gradients_are_refused(name: str) -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets what device there is."""
 
-    def describe(capability: tuple[int, int] = (9, 0), processors: int = 132) -> None:
+    def describe(capability: tuple[int, int] = (9, 0)) -> None:
         room = 232_448 if capability >= (9, 0) else 166_912
         kernel.choose_split.cache_clear()
         monkeypatch.setattr(kernel, "facts", lambda index: cuda.Device("a device", capability, room, None))
-        monkeypatch.setattr(kernel, "processors", lambda index: processors)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     describe()
@@ -180,29 +179,28 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.parametrize(
-    ("heads", "V", "content", "capability", "expected"),
+    ("V", "content", "capability", "expected"),
     [
-        (16, 128, "mean", (9, 0), 8),
-        (128, 128, "mean", (9, 0), 4),
-        (512, 128, "read", (9, 0), 1),
-        (512, 256, "read", (9, 0), 2),
-        (16, 64, "mean", (9, 0), 4),  # a program has at least 16 columns
-        (16, 96, "mean", (9, 0), 1),  # sums over V are the same in any split of a power of 2 only
-        (16, 128, "mean", (8, 0), 1),  # no clusters
-        (16, 128, "blind", (8, 0), 8),  # none needed
+        (128, "mean", (9, 0), 4),
+        (256, "read", (9, 0), 4),
+        (64, "mean", (9, 0), 4),
+        (32, "mean", (9, 0), 2),  # a program has at least 16 columns
+        (96, "mean", (9, 0), 1),  # sums over V are the same in any split of a power of 2 only
+        (128, "mean", (8, 0), 1),  # no clusters
+        (128, "blind", (8, 0), 4),  # none needed
     ],
 )
-def test_small_batches_split_heads(
-    device: Callable[..., None], heads: int, V: int, content: str, capability: tuple[int, int], expected: int
+def test_programs_that_share_a_head(
+    device: Callable[..., None], V: int, content: str, capability: tuple[int, int], expected: int
 ) -> None:
     device(capability)
-    assert kernel.choose_split(heads, 128, V, 16, content, 4, 0) == expected
+    assert kernel.choose_split(128, V, 16, content, 4, 0) == expected
 
 
 def test_states_that_do_not_fit_into_registers_are_split_or_refused(device: Callable[..., None]) -> None:
-    assert kernel.choose_split(10_000, 256, 256, 16, "read", 4, 0) == 2
+    assert kernel.choose_split(256, 256, 16, "read", 4, 0) == 4
     device((8, 0))
-    assert kernel.choose_split(10_000, 256, 256, 16, "read", 4, 0) is None
+    assert kernel.choose_split(256, 256, 16, "read", 4, 0) is None
 
 
 def inputs(case: Case, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> tuple[Tokens, Projections, Options]:

@@ -315,7 +315,7 @@ def backward(
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
     projections = [dy.sum(0) if dy.numel() else dy for dy in outputs[6:9]]
     if kind == "mean":
-        projections = differentiate_projections(x, rms, *saved[2:], d_contents)
+        projections = differentiate_projections(x, rms, saved[2], saved[3], d_contents)
     return [*heads, outputs[5], *projections, *outputs[9:]]
 
 

@@ -1,0 +1,257 @@
+"""The op and its decode step on one GPU, beside flash-linear-attention (fla): speed, memory, first call.
+
+    python benchmarks/gpu_op.py                    # everything, about three minutes once fla has tuned itself
+    python benchmarks/gpu_op.py op decode          # only these parts: op, grid, decode, first
+    python benchmarks/gpu_op.py tables             # print the tables of what was measured before, no GPU needed
+
+Every part's raw numbers go into `results/gpu_op.json` as soon as it is done (parts that were not run keep their
+earlier numbers); `results/gpu_op.png` shows the main shapes. Rivals take turns within a run; figures are medians of
+times between CUDA events. fla tunes itself at its first calls, which takes minutes.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from carve.bench import CONTENTS, Shape, bench, ceilings, draw, markdown, take_turns
+from carve.ops import CarveState, decode_carve
+
+RESULTS = Path(__file__).parent / "results" / "gpu_op.json"
+MAIN = [Shape(8, 4096), Shape(2, 4096), Shape(1, 32768)]
+GRID = [
+    *(Shape(8, 4096, chunk_size=C) for C in (16, 32, 128, 256, 512)),
+    *(Shape(8, 4096, key_dim=K, value_dim=V) for K, V in ((64, 64), (64, 128), (128, 64))),
+    *(Shape(1, T) for T in (2048, 8192)),
+    *(Shape(8, 4096, heads=H) for H in (4, 8, 32)),
+]
+BATCHES = (1, 8, 32, 128)
+ROUNDS = 20
+
+
+def system() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    versions = {}
+    for name in ("torch", "triton", "cuda-core", "fla-core"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "driver and clocks": subprocess.run(asked, capture_output=True, text=True).stdout.strip(),
+        "cuda": torch.version.cuda,
+        **versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def op() -> dict[str, Any]:
+    device = torch.device("cuda")
+    limits = ceilings(device)
+    rows = []
+    for shape in MAIN:
+        rows += bench(shape, ["cuda"], list(CONTENTS), device, ROUNDS)
+        print(markdown(shape, rows[-5:], limits), flush=True)
+        torch.cuda.empty_cache()
+    return {"copy_bytes_per_second": limits[0], "product_operations_per_second": limits[1], "rows": rows}
+
+
+def grid() -> dict[str, Any]:
+    rows = []
+    for shape in GRID:
+        rows += bench(shape, ["cuda"], list(CONTENTS), torch.device("cuda"), 8, beside=False)
+        print(
+            shape,
+            " ".join(f"{row['name']} {row['forward_ms']:.3f} {row['both_ms']:.3f}" for row in rows[-3:]),
+            flush=True,
+        )
+        torch.cuda.empty_cache()
+    return {"rows": rows}
+
+
+def decode() -> dict[str, Any]:
+    """One token in a CUDA graph, every sequence at another position; inputs in turn from enough copies of the state."""
+    device = torch.device("cuda")
+    copy = ceilings(device)[0]
+    rows = []
+    for B in BATCHES:
+        shape = Shape(B, 1)
+        traffic = 2 * 4 * B * shape.heads * shape.key_dim * shape.value_dim
+        copies = max(1, 2 * 10**8 // traffic)  # more than the L2 cache holds
+        graphs = {f"carve {name}": capture_carve(shape, content, copies) for name, content in CONTENTS.items()}
+        graphs |= capture_fla(shape, copies)
+        times = take_turns({name: graph.replay for name, graph in graphs.items()}, 50, device)
+        for name, ms in times.items():
+            us = 1e3 * statistics.median(ms) / copies
+            share = traffic / (us / 1e6) / copy
+            rows.append({"name": name, "batch": B, "us": us, "share_of_copy": share, "raw_ms": ms, "steps": copies})
+            print(f"B{B} {name}: {us:.2f} us, state traffic at {share:.0%} of copy", flush=True)
+    return {"copy_bytes_per_second": copy, "rows": rows}
+
+
+def capture(step: Any) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def capture_carve(shape: Shape, content: str | None, copies: int) -> torch.cuda.CUDAGraph:
+    B, H, K, V, device = shape.batch, shape.heads, shape.key_dim, shape.value_dim, torch.device("cuda")
+    x = draw(shape, content, device, torch.bfloat16)
+    x = {name: y.detach() if isinstance(y, torch.Tensor) else y for name, y in x.items()}
+    size = {None: None, "mean": (B, H, 16), "read": (B, H, K, 16)}[content]
+    states = [
+        CarveState(
+            torch.randn(B, H, K, V, device=device),
+            None if size is None else torch.randn(size, device=device),
+            torch.zeros(B, H, V, device=device) if content == "mean" else None,
+            torch.randint(shape.chunk_size, (B,), device=device),
+        )
+        for _ in range(copies)
+    ]
+
+    def step() -> None:
+        for state in states:
+            decode_carve(**x, state=state, backend="cuda")
+
+    return capture(step)
+
+
+def capture_fla(shape: Shape, copies: int) -> dict[str, torch.cuda.CUDAGraph]:
+    try:
+        from fla.ops.gdn2 import fused_recurrent_gdn2
+    except ImportError:
+        return {}
+    B, H, K, V, device = shape.batch, shape.heads, shape.key_dim, shape.value_dim, torch.device("cuda")
+    x = draw(shape, None, device, torch.bfloat16)
+    inputs = {name: x[name].detach() for name in ("q", "k", "v", "g")}
+    inputs |= {"b": torch.sigmoid(x["e"].detach()), "w": torch.sigmoid(torch.randn_like(x["v"]))}
+    states = [torch.randn(B, H, K, V, device=device) for _ in range(copies)]
+
+    def step() -> None:
+        for state in states:
+            fused_recurrent_gdn2(**inputs, initial_state=state, output_final_state=True)
+
+    with torch.no_grad():
+        return {"fla fused_recurrent_gdn2": capture(step)}
+
+
+FIRST = """
+import time; begin = time.perf_counter()
+import torch; from carve.bench import Shape, draw, runs_of; from carve.ops import chunk_carve
+torch.zeros(1, device="cuda"); torch.cuda.synchronize(); ready = time.perf_counter()
+x = draw(Shape(1, 256), "mean", torch.device("cuda"), torch.bfloat16) | {"backend": "cuda"}
+runs_of(chunk_carve, x)[1](); torch.cuda.synchronize(); print(time.perf_counter() - ready)
+"""
+
+
+def first() -> dict[str, Any]:
+    """Seconds of the first forward and backward of a process: on an empty cache, and on the one that it left."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"CARVE_CACHE": cache}
+        command = [sys.executable, "-c", FIRST]
+        seconds = [float(subprocess.check_output(command, env=environment, text=True).split()[-1]) for _ in range(2)]
+    print(
+        f"first forward and backward: {seconds[0]:.1f} s on an empty cache, {seconds[1]:.1f} s on a full one",
+        flush=True,
+    )
+    return {"empty_cache_s": seconds[0], "full_cache_s": seconds[1]}
+
+
+PARTS = {"op": op, "decode": decode, "first": first, "grid": grid}
+
+
+def load() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(results: dict[str, Any]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1))
+    os.replace(partial, RESULTS)
+
+
+def tables(results: dict[str, Any]) -> None:
+    """Print what was measured, as Markdown, and draw the main shapes."""
+    found = results.get("op")
+    if found:
+        limits = found["copy_bytes_per_second"], found["product_operations_per_second"]
+        print(f"copy {limits[0] / 1e12:.2f} TB/s, bf16 product {limits[1] / 1e12:.0f} TFLOP/s\n")
+        figure, axes = plt.subplots(1, len(MAIN), figsize=(12, 3.5), layout="constrained")
+        for shape, axis in zip(MAIN, axes, strict=True):
+            rows = [row for row in found["rows"] if (row["batch"], row["length"]) == (shape.batch, shape.length)]
+            title = f"B {shape.batch}, T {shape.length}, H 16, K = V = 128"
+            print(f"{title}\n\n{markdown(shape, rows, limits)}\n")
+            names = [row["name"] for row in rows]
+            axis.barh(names, [row["both_ms"] for row in rows], color="#9db4c0", label="forward + backward")
+            axis.barh(names, [row["forward_ms"] for row in rows], color="#253237", label="forward")
+            axis.set(title=title, xlabel="ms")
+            axis.invert_yaxis()
+        axes[0].legend()
+        figure.suptitle(f"{results['system']['device']}, bf16, medians")
+        figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    if "decode" in results:
+        print("| decode, us a step (share of copy bandwidth) | " + " | ".join(f"B {B}" for B in BATCHES) + " |")
+        print("|---" * (1 + len(BATCHES)) + "|")
+        rows = results["decode"]["rows"]
+        for name in dict.fromkeys(row["name"] for row in rows):
+            cells = [f"{row['us']:.2f} ({row['share_of_copy']:.0%})" for row in rows if row["name"] == name]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        print()
+    if "first" in results:
+        print(
+            "first forward and backward, s: {empty_cache_s:.1f}, with a full cache {full_cache_s:.1f}\n".format(
+                **results["first"]
+            )
+        )
+    if "grid" in results:
+        print("| B | T | H | K | V | C | | forward, ms | forward + backward, ms |\n" + "|---" * 9 + "|")
+        for row in results["grid"]["rows"]:
+            sizes = [row[key] for key in ("batch", "length", "heads", "key_dim", "value_dim", "chunk_size")]
+            print(
+                "|",
+                " | ".join(map(str, sizes)),
+                "|",
+                row["name"],
+                f"| {row['forward_ms']:.3f} | {row['both_ms']:.3f} |",
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "tables"], default=[*PARTS], help="what to measure")
+    parts = [part for part in parser.parse_args().parts if part != "tables"]
+    results = load()
+    for part in parts:
+        begin = time.perf_counter()
+        results |= {part: PARTS[part](), "system": system()}
+        save(results)
+        print(f"-- {part}: {time.perf_counter() - begin:.0f} s\n", flush=True)
+    tables(results)
+
+
+if __name__ == "__main__":
+    main()

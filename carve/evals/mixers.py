@@ -1,0 +1,47 @@
+"""The token mixers that comparisons and probes know by name."""
+
+import difflib
+from typing import Any
+
+READ = {"layer_types": ["carve"], "content": "read", "content_norm": "rms", "content_write": True}
+MEAN = {"layer_types": ["carve"], "content": "mean", "content_norm": "rms", "content_write": False}
+
+MIXERS: dict[str, dict[str, Any]] = {
+    # -- CARVE, by what its gates see of the memory --
+    "carve-mean": MEAN,  # the paper's
+    "carve-mean-write": MEAN | {"content_write": True},
+    "carve-read": READ,
+    "carve-read-raw": READ | {"content_norm": None},
+    "carve-read-erase": READ | {"content_write": False},
+    "carve-blind": {"layer_types": ["carve"], "content": None},
+    # -- its rivals --
+    "gdn2": {"layer_types": ["gdn2"]},
+    "kda": {"layer_types": ["kda"]},
+    "gdn": {"layer_types": ["gdn"]},
+    "full_attention": {"layer_types": ["full_attention"]},
+    # -- hybrids: every second layer sees a window --
+    "carve-mean-hybrid": MEAN | {"layer_types": ["carve", "sliding_attention"]},
+    "carve-read-hybrid": READ | {"layer_types": ["carve", "sliding_attention"]},
+    "gdn2-hybrid": {"layer_types": ["gdn2", "sliding_attention"]},
+    "kda-hybrid": {"layer_types": ["kda", "sliding_attention"]},
+    "gdn-hybrid": {"layer_types": ["gdn", "sliding_attention"]},
+}
+"""Name -> fields of `CarveConfig`; `layer_types` is a period, which `mixer_fields` repeats over the layers."""
+
+
+def mixer_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
+    """The fields of `CarveConfig` that make a model of so many layers use the mixer of that name.
+
+    Raises:
+        ValueError: no such mixer, or fewer layers than its period.
+    """
+    if name not in MIXERS:
+        near = difflib.get_close_matches(name, MIXERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(MIXERS)}"
+        raise ValueError(f"there is no mixer {name!r}; {hint}")
+    fields = MIXERS[name]
+    period = fields["layer_types"]
+    if num_hidden_layers < len(period):
+        raise ValueError(f"mixer {name!r} needs at least {len(period)} layers, got {num_hidden_layers}")
+    layer_types = [period[i % len(period)] for i in range(num_hidden_layers)]
+    return fields | {"num_hidden_layers": num_hidden_layers, "layer_types": layer_types}
