@@ -107,6 +107,7 @@ def decode() -> dict[str, Any]:
 
 
 def capture(step: Any) -> torch.cuda.CUDAGraph:
+    """A graph of the step, which keeps alive the tensors that the step refers to."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         step()
@@ -114,6 +115,7 @@ def capture(step: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
+    graph.step = step
     return graph
 
 

@@ -91,7 +91,7 @@ def list_blocks(bounds, positions, blocks, T, C, STEP: tl.constexpr):
     total = count_blocks(length, position, C)
     for first in range(0, total, STEP):
         i = first + tl.arange(0, STEP)
-        token, count, chunk, _ = find_block(i, length, position, C)
+        token, count, chunk, start = find_block(i, length, position, C)
         to = blocks + (slot + i) * FIELDS
         tl.store(to, begin + token, mask=i < total)
         tl.store(to + 1, count.to(tl.int64), mask=i < total)
@@ -101,31 +101,34 @@ def list_blocks(bounds, positions, blocks, T, C, STEP: tl.constexpr):
 # -- products of a strong block --
 
 
-@triton.jit
-def half_decays(g, HALF: tl.constexpr, WIDE: tl.constexpr):
-    """exp of the sum of g between each token and the border in its 2 HALF tokens, `[16, BK]`. Terms are only added."""
-    i, t = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    border = i // (2 * HALF) * (2 * HALF) + HALF - 1
-    between = ((t > border) & (t <= i)) | ((t > i) & (t <= border))
-    return tl.exp(tl.dot(between.to(tl.float32), g, input_precision=WIDE))
+# Level 0 to 3 of halves: 1, 2, 4, 8 tokens. The loops over them are not unrolled, which would take too many registers.
+# What comes from a product and goes into another has K or V rows: Triton gives each warp a share of the rows alone.
 
 
 @triton.jit
-def across(P, HALF: tl.constexpr):
-    """P_ij for i in an upper and j in the lower half of the same 2 HALF tokens, else 0."""
+def half_decays(gt, level, WIDE: tl.constexpr):
+    """exp of the sum of g between each token and the border of its two halves, `[BK, 16]`. Terms are only added."""
+    t, i = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    border = ((i >> level) | 1) << level  # first token of the upper half
+    between = ((t >= border) & (t <= i)) | ((t > i) & (t < border))
+    return tl.exp(tl.dot(gt, between.to(tl.float32), input_precision=WIDE))
+
+
+@triton.jit
+def across(P, level):
+    """P_ij for i in an upper and j in the lower half beside it, else 0."""
     i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    same = (i // (2 * HALF) == j // (2 * HALF)) & (i % (2 * HALF) >= HALF) & (j % (2 * HALF) < HALF)
-    return tl.where(same, P, 0.0)
+    return tl.where(((i >> level) ^ 1 == j >> level) & (i > j), P, 0.0)
 
 
 @triton.jit
-def strong_products(x, k, g, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """sum_d x_i k_j exp(G_i - G_j) for i > j, else 0; x, k, g: `[16, BK]` fp32."""
+def strong_products(xt, kt, gt, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """sum_d x_i k_j exp(G_i - G_j) for i > j, else 0; xt, kt, gt: `[BK, 16]` fp32."""
     P = tl.zeros([16, 16], tl.float32)
-    for level in tl.static_range(4):
-        f = half_decays(g, 1 << level, WIDE)
-        product = tl.dot((x * f).to(LOW), tl.trans((k * f).to(LOW)), input_precision=PRECISION)
-        P += across(product, 1 << level)
+    for level in tl.range(4, num_stages=1, loop_unroll_factor=1):
+        f = half_decays(gt, level, WIDE)
+        product = tl.dot(tl.trans((xt * f).to(LOW)), (kt * f).to(LOW), input_precision=PRECISION)
+        P += across(product, level)
     return P
 
 
@@ -133,9 +136,9 @@ def strong_products(x, k, g, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: t
 def solve(A, PRECISION: tl.constexpr):
     """(I + stril A)^-1, `[16, 16]`, by inverses of halves: [[P, 0], [Q, R]] has [[P^-1, 0], [-R^-1 Q P^-1, R^-1]]."""
     i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    T = tl.where(i == j, 1.0, 0.0) - across(A, 1)
+    T = tl.where(i == j, 1.0, 0.0) - across(A, 0)
     for level in tl.static_range(1, 4):
-        half = tl.dot(T, across(A, 1 << level), input_precision=PRECISION)
+        half = tl.dot(T, across(A, level), input_precision=PRECISION)
         T -= tl.dot(half, T, input_precision=PRECISION)
     return T
 
@@ -144,31 +147,62 @@ def solve(A, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def see_mean(seen, p_up, p_write, head, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RMS: tl.constexpr):
-    """What the content `[BR]` adds to the erase logits `[BK]` and to the write logits; and its norm, and 1 / size."""
-    o_r, o_k = tl.arange(0, BR), tl.arange(0, BK)
-    root = 1.0
+def load_up(p_up, head, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    """P_up of a head, `[BR, BK]`."""
+    o_r, o_k = tl.arange(0, BR)[:, None], tl.arange(0, BK)[None, :]
+    return tl.load(p_up + (head * R + o_r) * K + o_k, mask=(o_r < R) & (o_k < K), other=0.0)
+
+
+@triton.jit
+def load_write(p_write, head, R, BR: tl.constexpr):
+    """p_write of a head, `[BR]`."""
+    o_r = tl.arange(0, BR)
+    return tl.load(p_write + head * R + o_r, mask=o_r < R, other=0.0)
+
+
+@triton.jit
+def point_Z(contents, at, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
+    """Row `at` of Z `[..., K, R]` as `[BK, BR]` pointers, and which of them hold."""
+    o_k, o_r = tl.arange(0, BK)[:, None], tl.arange(0, BR)[None, :]
+    return contents + (at * K + o_k) * R + o_r, (o_k < K) & (o_r < R)
+
+
+@triton.jit
+def norm_mean(seen, R, RMS: tl.constexpr):
+    """z `[BR]`, the norm of the content, and 1 / its size."""
+    root = tl.sum(seen * 0.0, 0) + 1.0
     if RMS:
         root = tl.rsqrt(tl.sum(seen * seen, 0) / R + 1e-8)
-    z = seen * root
+    return seen * root, root
+
+
+@triton.jit
+def see_mean(seen, p_up, p_write, head, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RMS: tl.constexpr):
+    """What the content `[BR]` adds to the erase logits, `[BK]`, and to the write logits."""
+    z, root = norm_mean(seen, R, RMS)
     erase = tl.zeros([BK], tl.float32)
-    write = 0.0
+    write = tl.sum(z * 0.0, 0)
     if p_up is not None:
-        up = tl.load(
-            p_up + (head * R + o_r[:, None]) * K + o_k[None, :],
-            mask=(o_r < R)[:, None] & (o_k < K)[None, :],
-            other=0.0,
-        )
-        erase = tl.sum(z[:, None] * up, 0)
+        erase = tl.sum(z[:, None] * load_up(p_up, head, R, K, BK, BR), 0)
     if p_write is not None:
-        write = tl.sum(z * tl.load(p_write + head * R + o_r, mask=o_r < R, other=0.0), 0)
-    return erase, write, z, root
+        write = tl.sum(z * load_write(p_write, head, R, BR), 0)
+    return erase, write
+
+
+@triton.jit
+def read_memory(k, Z, R, RMS: tl.constexpr, PRECISION: tl.constexpr):
+    """z^T `[BR, 16]` and 1 / its size `[16]`, of 16 tokens, from keys k `[16, BK]` and Z `[BK, BR]`."""
+    zt = tl.dot(tl.trans(Z.to(k.dtype)), tl.trans(k), input_precision=PRECISION)
+    root = tl.sum(zt * 0.0, 0) + 1.0
+    if RMS:
+        root = tl.rsqrt(tl.sum(zt * zt, 0) / R + 1e-8)
+    return zt * root[None, :], root
 
 
 @triton.jit
 def see_memory(
     k,
-    Zt,
+    Z,
     p_up,
     p_write,
     head,
@@ -179,26 +213,16 @@ def see_memory(
     RMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same of each of 16 tokens, from keys k `[16, BK]` and Z^T `[BR, BK]`: `[16, BK]`, `[16]`, `[16, BR]`, `[16]`."""
-    o_r, o_k = tl.arange(0, BR), tl.arange(0, BK)
-    LOW: tl.constexpr = k.dtype
-    z = tl.dot(k, tl.trans(Zt.to(LOW)), input_precision=PRECISION)
-    root = tl.full([16], 1.0, tl.float32)
-    if RMS:
-        root = tl.rsqrt(tl.sum(z * z, 1) / R + 1e-8)
-    z = z * root[:, None]
+    """What the content adds to the erase logits of 16 tokens, `[16, BK]`, and to their write logits, `[16]`."""
+    zt, root = read_memory(k, Z, R, RMS, PRECISION)
     erase = tl.zeros([16, BK], tl.float32)
-    write = tl.zeros([16], tl.float32)
+    write = tl.sum(zt * 0.0, 0)
     if p_up is not None:
-        up = tl.load(
-            p_up + (head * R + o_r[:, None]) * K + o_k[None, :],
-            mask=(o_r < R)[:, None] & (o_k < K)[None, :],
-            other=0.0,
-        )
-        erase = tl.dot(z.to(LOW), up.to(LOW), input_precision=PRECISION)
+        up = load_up(p_up, head, R, K, BK, BR).to(k.dtype)
+        erase = tl.trans(tl.dot(tl.trans(up), zt.to(k.dtype), input_precision=PRECISION))
     if p_write is not None:
-        write = tl.sum(z * tl.load(p_write + head * R + o_r, mask=o_r < R, other=0.0)[None, :], 1)
-    return erase, write, z, root
+        write = tl.sum(zt * load_write(p_write, head, R, BR)[:, None], 0)
+    return erase, write
 
 
 # -- the kernels --
@@ -283,7 +307,7 @@ def prepare(
     # -- M --
     r, c = rows[:, None], rows[None, :]
     if is_strong:
-        b_M = strong_products(wide_q, wide_k, b_g, LOW, PRECISION, WIDE)
+        b_M = strong_products(tl.trans(wide_q), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
         b_M = tl.where(r == c, tl.sum(wide_q * wide_k, 1)[:, None], b_M)
     else:
         b_M = tl.where(r >= c, tl.dot(b_q_in, tl.trans(b_x), input_precision=PRECISION), 0.0)
@@ -299,19 +323,16 @@ def prepare(
         write = tl.zeros([16], tl.float32)
         if CONTENT > 0:
             chunk = tl.load(blocks + i.to(tl.int64) * FIELDS + 2) * HV + head
-            o_r = tl.arange(0, BR)
             if CONTENT == 1:
+                o_r = tl.arange(0, BR)
                 seen = tl.load(contents + chunk * R + o_r, mask=o_r < R, other=0.0)
-                erase, write_1, _, _ = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+                erase, write_all = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
                 logits += erase[None, :]
-                write += write_1
+                write += write_all
             else:
-                Zt = tl.load(
-                    contents + (chunk * K + o_k[None, :]) * R + o_r[:, None],
-                    mask=(o_r < R)[:, None] & (o_k < K)[None, :],
-                    other=0.0,
-                )
-                erase, write, _, _ = see_memory(b_k.to(LOW), Zt, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+                from_Z, Z_held = point_Z(contents, chunk, R, K, BK, BR)
+                Z = tl.load(from_Z, mask=Z_held, other=0.0)
+                erase, write = see_memory(b_k.to(LOW), Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
                 logits += erase
         if w is not None:
             write += tl.load(w + (token + rows) * HV + head, mask=rows < count, other=0.0)
@@ -324,7 +345,7 @@ def prepare(
         b *= top
         b_k_in *= b
         if is_strong:
-            A = strong_products(b * wide_k, wide_k, b_g, LOW, PRECISION, WIDE)
+            A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
         else:
             A = tl.dot(b_k_in.to(LOW), tl.trans(b_x), input_precision=PRECISION)
         tl.store(T + o_16, solve(A, PRECISION).to(LOW))
@@ -414,12 +435,12 @@ def run_blocks(
         if content is not None:
             seen = tl.load(content + own * R + o_r, mask=r_held, other=0.0)
             total = tl.load(content_sum + own * V + o_v, mask=v_held, other=0.0)
-        erase, write, _, _ = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+        erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
     if CONTENT == 2:
-        Zt = tl.zeros([BR, BK], tl.float32)
+        Z = tl.zeros([BK, BR], tl.float32)
         if content is not None:
-            o_Z = (own * K + o_k[None, :]) * R + o_r[:, None]
-            Zt = tl.load(content + o_Z, mask=r_held[:, None] & k_held[None, :], other=0.0)
+            from_Z, Z_held = point_Z(content, own, R, K, BK, BR)
+            Z = tl.load(from_Z, mask=Z_held, other=0.0)
     if CONTENT > 0:
         o_down = (head * V + o_v[:, None]) * R + o_r[None, :]
         down = tl.load(p_down + o_down, mask=v_held[:, None] & r_held[None, :], other=0.0)
@@ -427,12 +448,12 @@ def run_blocks(
             if CONTENT == 1:
                 tl.store(contents + (chunk_slot * HV + head) * R + o_r, seen, mask=r_held)
             else:
-                o_Z = ((chunk_slot * HV + head) * K + o_k[None, :]) * R + o_r[:, None]
-                tl.store(contents + o_Z, Zt, mask=r_held[:, None] & k_held[None, :])
+                to_Z, Z_held = point_Z(contents, chunk_slot * HV + head, R, K, BK, BR)
+                tl.store(to_Z, Z, mask=Z_held)
 
     for i in tl.range(0, blocks, num_stages=STAGES):
         at = (slot + i) * HV + head
-        token, count, chunk, _ = find_block(i, length, position, C)
+        token, count, chunk, start = find_block(i, length, position, C)
         o_16K = at * (16 * K) + rows[:, None] * K + o_k[None, :]
         b_x = tl.load(x + o_16K, mask=k_held[None, :], other=0.0)
         b_k_in = tl.load(k_in + o_16K, mask=k_held[None, :], other=0.0)
@@ -453,7 +474,7 @@ def run_blocks(
             o_key = (begin + token) * H * K + head // (HV // H) * K + rows[:, None] * (H * K) + o_k[None, :]
             if CONTENT == 2:
                 b_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(LOW)
-                erase, write, _, _ = see_memory(b_k, Zt, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+                erase, write = see_memory(b_k, Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
                 b = top * tl.sigmoid(logits + erase)
             else:
                 b = top * tl.sigmoid(logits + erase[None, :])
@@ -466,7 +487,7 @@ def run_blocks(
                 wide_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(tl.float32)
                 o_g = (begin + token) * H_g * K + head // (HV // H_g) * K + rows[:, None] * (H_g * K) + o_k[None, :]
                 b_g = tl.maximum(tl.load(g + o_g, mask=k_mask, other=0.0), GONE)
-                A = strong_products(b * wide_k, wide_k, b_g, LOW, PRECISION, WIDE)
+                A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
             else:
                 A = tl.dot(b_k_in, tl.trans(b_x), input_precision=PRECISION)
             b_T = solve(A, PRECISION).to(LOW)
@@ -501,15 +522,15 @@ def run_blocks(
                     mean = total / C
                     seen = tl.sum(mean[:, None] * down, 0)
                     total = tl.zeros([BV], tl.float32)
-                    erase, write, _, _ = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+                    erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
                     if contents is not None:
                         tl.store(means + to * V + o_v, mean, mask=v_held)
                         tl.store(contents + (to + HV) * R + o_r, seen, mask=r_held)
                 else:
-                    Zt = tl.dot(tl.trans(down.to(LOW)), St.to(LOW), input_precision=PRECISION)
+                    Z = tl.dot(tl.trans(St.to(LOW)), down.to(LOW), input_precision=PRECISION)
                     if contents is not None:
-                        o_Z = ((to + HV) * K + o_k[None, :]) * R + o_r[:, None]
-                        tl.store(contents + o_Z, Zt, mask=r_held[:, None] & k_held[None, :])
+                        to_next, next_held = point_Z(contents, to + HV, R, K, BK, BR)
+                        tl.store(to_next, Z, mask=next_held)
 
     # -- the state behind the last token --
     if memory_end is not None:
@@ -518,5 +539,5 @@ def run_blocks(
             tl.store(content_end + own * R + o_r, seen, mask=r_held)
             tl.store(content_sum_end + own * V + o_v, total, mask=v_held)
         if CONTENT == 2:
-            o_Z = (own * K + o_k[None, :]) * R + o_r[:, None]
-            tl.store(content_end + o_Z, Zt, mask=r_held[:, None] & k_held[None, :])
+            to_end, end_held = point_Z(content_end, own, R, K, BK, BR)
+            tl.store(to_end, Z, mask=end_held)
