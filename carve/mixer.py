@@ -104,7 +104,7 @@ class ShortConvolution(nn.Module):
 
         cu_seqlens = cu_seqlens.to(x.device, torch.int64)
         lengths, times = cu_seqlens.diff().unsqueeze(-1), torch.arange(T, device=x.device)
-        sequence = torch.bucketize(times, cu_seqlens[1:], right=True)
+        sequence = torch.bucketize(times, cu_seqlens, right=True) - 1  # the last that begins here or before
         local = times - cu_seqlens[sequence]
         extended = F.pad(x[0], (0, 0, lags, 0))
         y = x[0] * weight[:, lags]

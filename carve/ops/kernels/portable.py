@@ -24,6 +24,7 @@ STEP, LARGEST = 16, 256  # K and V are multiples of STEP up to LARGEST
 RANK = 64  # largest R
 LONGEST = 2**30  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
 BLOCK, FIELDS = 16, 3  # as in triton_forward.py
+RUN = 64  # blocks whose share of the projections' gradients one program adds up
 LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Tensors = List[Tensor]  # noqa: UP006 (PyTorch 2.6 knows no other name of it in an operator)
@@ -145,9 +146,9 @@ class Prepared:
 
         x, K, how = plan.x, plan.K, plan.options("prepare")
         self.q_in, self.x, self.k_in = (plan.scratch(BLOCK, K) for _ in range(3))
-        self.M, self.decay = plan.scratch(BLOCK, BLOCK), plan.scratch(K, wide=True)
+        self.M, self.decay = plan.scratch(BLOCK, BLOCK, wide=True), plan.scratch(K, wide=True)
         self.strong = plan.blocks.new_empty(plan.slots, plan.HV, dtype=torch.int32)
-        self.T = plan.scratch(BLOCK, BLOCK) if gated else None
+        self.T = plan.scratch(BLOCK, BLOCK, wide=True) if gated else None
         self.a = plan.scratch(BLOCK, wide=True) if gated else None
         self.slope = plan.scratch(BLOCK, K) if sloped else None
         written = [self.q_in, self.x, self.k_in, self.M, self.decay, self.strong, self.T, self.a, self.slope]
@@ -259,6 +260,160 @@ def allocate(x: Inputs, kind: str, chunk_size: int, final: bool, save: bool) -> 
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     kind, _, chunk_size, _, _, final, save = arguments[14:]
     return tuple(allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save))
+
+
+# -- the backward --
+
+
+@torch.library.custom_op("carve::portable_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None,
+    p_down: Tensor | None,
+    p_up: Tensor | None,
+    p_write: Tensor | None,
+    bounds: Tensor | None,
+    position: Tensor | None,
+    memory: Tensor | None,
+    contents: Tensor,
+    means: Tensor,
+    do: Tensor,
+    d_memory: Tensor | None,
+    d_content: Tensor | None,
+    d_content_sum: Tensor | None,
+    kind: str,
+    rms: bool,
+    chunk_size: int,
+    scale: float,
+    top: float,
+) -> Tensors:
+    """Gradients of the first nine arguments and, if there is a memory, of the initial state; empty for what is not there.
+
+    contents, means: the last two outputs of `forward`; do: contiguous, of v's dtype; d_memory, d_content, d_content_sum:
+    gradients of the state behind the last token.
+    """
+    from triton import language as tl
+
+    from carve.ops.kernels import triton_backward
+
+    x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
+    outputs = allocate_gradients(x, kind, memory is not None)
+    plan, blind = Plan(x, kind, rms, chunk_size), kind == "blind"
+    x, K, V = plan.x, plan.K, plan.V
+    prepared = Prepared(plan, contents, True, not blind, scale, top)
+    states, edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
+    run_blocks(plan, prepared, [memory, None, None], [None] * 6 + [states, edits], True, top)
+
+    # -- the gradient of the state, from the last block to the first --
+    d_states, d_edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
+    d_sums = torch.empty_like(means)
+    written = [y if y.numel() else None for y in (outputs[6], *outputs[9:])]
+    how = plan.options("gated" if blind else "reverse")
+    tile = min(plan.BV, how.tile) if blind else plan.BV
+    constants = {name: y for name, y in (plan.constants | plan.heads).items() if name != "H_e"}
+    plan.launch(
+        triton_backward.reverse_blocks,
+        x.sequences * plan.HV * -(-V // tile),
+        *(x.k, x.v, x.g, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
+        *prepared.for_run,
+        *(prepared.slope, states, edits, contents, means, do, d_memory, d_content, d_content_sum),
+        *(d_states, d_edits, d_sums, *written),
+        *(x.rank, plan.T, plan.C),
+        V=V,
+        BV=tile,
+        STAGES=how.num_stages,
+        **constants,
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+    )
+    a = prepared.a
+    del prepared
+
+    # -- every block on its own --
+    how = plan.options("gradients")
+    z = plan.scratch(BLOCK, x.rank, wide=True)
+    dq, dk, dv, dg, de, dw = (y if y.numel() else None for y in outputs[:6])
+    plan.launch(
+        triton_backward.differentiate_blocks,
+        plan.slots * plan.HV,
+        *(x.q, x.k, x.v, x.g, x.e, x.p_up, x.p_write, contents, plan.blocks),
+        *(a, states, edits, do, d_states, d_edits, d_sums),
+        *(dq, dk, dv, dg, de, dw, z),
+        *(scale, top, x.rank),
+        V=V,
+        BV=min(plan.BV, how.tile),
+        STAGES=how.num_stages,
+        **plan.heads,
+        **plan.constants,
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+    )
+    del states, edits, d_states, d_edits
+    d_up, d_write = outputs[7:9]
+    if not blind:
+        runs = -(-plan.slots // RUN)
+        d_up, d_write = x.g.new_empty(runs, plan.HV, x.rank, K), x.g.new_empty(runs, plan.HV, x.rank)
+        names = ("HV", "K", "BK", "BR", "PRECISION")
+        plan.launch(
+            triton_backward.sum_projections,
+            runs * plan.HV,
+            *(plan.blocks, z, de, dw, d_up, d_write, x.rank, plan.slots),
+            RUN=RUN,
+            LOW=tl.float32 if plan.low == torch.float32 else tl.bfloat16,
+            **{name: plan.constants[name] for name in names},
+        )
+    heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
+    projections = [dy.sum(0) if dy.numel() else dy for dy in (outputs[6], d_up, d_write)]
+    return [*heads, outputs[5], *projections, *outputs[9:]]
+
+
+def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
+    """What the backward kernels write: [B, T, HV, ...] for tokens, [N, HV, ...] for projections and the state."""
+    (B, T, HV, V), K, N, R = x.v.shape, x.q.shape[3], x.sequences, x.rank
+    tokens = [y.new_empty(B, T, HV, V if y is x.v else K) for y in x[:5] if y is not None]
+    tokens.append(x.g.new_empty((B, T, HV) if x.w is not None else 0))
+    projections = [x.g.new_empty(N, HV, *shape) for shape in ((V, R), (R, K), (R,))]
+    return [*tokens, *projections, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
+
+
+@backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    x, begun, kind = Inputs(*arguments[:11]), arguments[11] is not None, arguments[18]
+    written = allocate_gradients(x, kind, begun)
+    heads = [torch.empty_like(y) for y in x[:5] if y is not None]
+    return [*heads, written[5], *(dy[0] if dy.numel() else dy for dy in written[6:9]), *written[9:]]
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, kind, rms, chunk_size, scale, top, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = (kind, rms, chunk_size, scale, top)
+    ctx.save_for_backward(*tensors[:12], *output[4:])
+
+
+def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    *x, memory, contents, means = ctx.saved_tensors
+    do, *ends = d_outputs[:4]
+    do = torch.zeros_like(x[2]) if do is None else do.to(x[2].dtype).contiguous()
+    ends = each(Tensor.contiguous, ends)
+    found = backward(*x, memory, contents, means, do, *ends, *ctx.options)
+    gradients = [None if y is None else dy for y, dy in zip(x[:9], found, strict=False)]
+    state = [dy if dy.numel() else None for dy in found[9:]]
+    return *gradients, None, None, *state, *[None] * 7
+
+
+forward.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("the backward of backend='triton' cannot be differentiated, recurrent_carve in torch's can")
+
+
+backward.register_autograd(refuse_second_derivative)
 
 
 # -- what the public op calls --

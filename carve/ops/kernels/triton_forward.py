@@ -312,7 +312,7 @@ def prepare(
     else:
         b_M = tl.where(r >= c, tl.dot(b_q_in, tl.trans(b_x), input_precision=PRECISION), 0.0)
     o_16 = at * 256 + r * 16 + c
-    tl.store(M + o_16, b_M.to(LOW))
+    tl.store(M + o_16, b_M)
 
     # -- gates --
     b_k_in = wide_k * inward
@@ -348,7 +348,7 @@ def prepare(
             A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
         else:
             A = tl.dot(b_k_in.to(LOW), tl.trans(b_x), input_precision=PRECISION)
-        tl.store(T + o_16, solve(A, PRECISION).to(LOW))
+        tl.store(T + o_16, solve(A, PRECISION))
     tl.store(k_in + o_16K, b_k_in.to(LOW), mask=columns)
 
 
@@ -465,7 +465,7 @@ def run_blocks(
 
         # -- gates, and the triangular system --
         if GATED:
-            b_T = tl.load(T + at * 256 + i16)
+            b_T = tl.load(T + at * 256 + i16).to(LOW)
             b_a = tl.load(a + at * 16 + rows)
         else:
             o_e = (begin + token) * H_e * K + head // (HV // H_e) * K + rows[:, None] * (H_e * K) + o_k[None, :]
@@ -504,7 +504,7 @@ def run_blocks(
             tl.store(edits + o_edit, tl.trans(vt_new), mask=v_held[None, :])
         if o is not None:
             b_q_in = tl.load(q_in + o_16K, mask=k_held[None, :], other=0.0)
-            b_M = tl.load(M + at * 256 + i16)
+            b_M = tl.load(M + at * 256 + i16).to(LOW)
             ot = tl.dot(S_low, tl.trans(b_q_in), input_precision=PRECISION)
             ot = tl.dot(vt_new, tl.trans(b_M), ot, input_precision=PRECISION)
             tl.store(o + o_token, tl.trans(ot).to(o.dtype.element_ty), mask=held)

@@ -1,0 +1,492 @@
+"""The portable GPU kernels of the backward.
+
+`prepare` and `run_blocks` of the forward come first, now that the content and so every gate is known; they leave the
+state S before each block, v_new, and what a block is made of. Then, with d the gradient of the outputs (for "mean", that
+of the running sum added), r = a v - (b k exp G) S, and dS the gradient of the state behind a block:
+
+    reverse_blocks        one program a sequence and value head (and tile of V), from the last block to the first
+
+        dv_new = M^T d + (k exp(G_16 - G)) dS             dr = T^T dv_new
+        dS    <- D dS + (scale q exp G)^T d - (b k exp G)^T dr
+
+    differentiate_blocks  one program a block and value head: gradients of all inputs
+    sum_projections       gradients of P_up and p_write, over runs of blocks
+
+In reverse_blocks the content needs the gradient of the erase gates too, from
+
+    d(b k exp G) = -dr S^T + dA (k exp -G)                dA = -stril(dr v_new^T)
+
+Everything of a block lies transposed: [BK, 16], [BV, 16].
+"""
+
+import triton
+import triton.language as tl
+
+from carve.ops.kernels.triton_forward import (
+    BLOCK,
+    FIELDS,
+    GONE,
+    MILD,
+    across,
+    count_blocks,
+    find_block,
+    find_sequence,
+    first_chunk,
+    first_slot,
+    half_decays,
+    load_up,
+    load_write,
+    norm_mean,
+    point_Z,
+    read_memory,
+    see_mean,
+    see_memory,
+)
+
+
+@triton.jit
+def strong_rows(P, kt, gt, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """sum_(j < i) P_ij k_j exp(G_i - G_j), `[BK, 16 (i)]`."""
+    y = tl.zeros(kt.shape, tl.float32)
+    for level in tl.range(4, num_stages=1, loop_unroll_factor=1):
+        f = half_decays(gt, level, WIDE)
+        y += f * tl.dot((kt * f).to(LOW), tl.trans(across(P, level).to(LOW)), input_precision=PRECISION)
+    return y
+
+
+@triton.jit(do_not_specialize=["R", "length_of_all", "C"])
+def reverse_blocks(
+    k,
+    v,
+    g,
+    p_down,
+    p_up,
+    p_write,
+    bounds,
+    positions,
+    q_in,
+    x,
+    k_in,
+    M,
+    decay,
+    strong,
+    T,
+    a,
+    slope,
+    states,
+    edits,
+    contents,
+    means,
+    d_o,
+    d_memory_end,
+    d_content_end,
+    d_content_sum_end,
+    d_states,
+    d_edits,
+    d_sums,
+    d_p_down,
+    d_memory,
+    d_content,
+    d_content_sum,
+    R,
+    length_of_all,
+    C,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    H_g: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    CONTENT: tl.constexpr,
+    RMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Writes d_states, dS^T behind each block, and d_edits, its dr, shaped like states and edits; for "mean" d_sums, what
+    each chunk's content adds to the gradient of the outputs before (`[chunks, HV, V]`); d_p_down of each sequence; and, if
+    given, the gradient of the state before the first token. Memory-blind, a program has BV columns of V.
+    """
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    n = tl.program_id(0) // (HV * TILES)
+    head = tl.program_id(0) // TILES % HV
+    own = n.to(tl.int64) * HV + head
+    begin, length, position = find_sequence(bounds, positions, n, length_of_all)
+    slot, chunk_slot = first_slot(begin, n, C), first_chunk(begin, n, C)
+    blocks = count_blocks(length, position, C)
+    LOW: tl.constexpr = x.dtype.element_ty
+    rows, o_k, o_r = tl.arange(0, 16), tl.arange(0, BK), tl.arange(0, BR)
+    o_v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
+    k_held, v_held, r_held = o_k < K, o_v < V, o_r < R
+    S_held = v_held[:, None] & k_held[None, :]
+    i16 = rows[:, None] * 16 + rows[None, :]
+    r, c = rows[:, None], rows[None, :]
+
+    # -- gradients of the state behind the last token --
+    o_S = own * (K * V) + o_k[None, :] * V + o_v[:, None]
+    dSt = tl.zeros([BV, BK], tl.float32)
+    if d_memory_end is not None:
+        dSt = tl.load(d_memory_end + o_S, mask=S_held, other=0.0)
+    if CONTENT > 0:
+        last_token, last_count, last_chunk, last_start = find_block(blocks - 1, length, position, C)
+        to_last = (chunk_slot + last_chunk) * HV + head
+        o_down = (head * V + o_v[:, None]) * R + o_r[None, :]
+        down_held = v_held[:, None] & r_held[None, :]
+        down = tl.load(p_down + o_down, mask=down_held, other=0.0)
+        d_down = tl.zeros([BV, BR], tl.float32)
+    if CONTENT == 1:
+        d_seen = tl.zeros([BR], tl.float32)
+        d_sum = tl.zeros([BV], tl.float32)
+        if d_content_end is not None:
+            d_seen = tl.load(d_content_end + own * R + o_r, mask=r_held, other=0.0)
+        if d_content_sum_end is not None:
+            d_sum = tl.load(d_content_sum_end + own * V + o_v, mask=v_held, other=0.0)
+        d_erase = tl.zeros([BK], tl.float32)
+        d_write = tl.sum(d_seen * 0.0, 0)
+        seen = tl.load(contents + to_last * R + o_r, mask=r_held & (blocks > 0), other=0.0)
+        tl.store(d_sums + to_last * V + o_v, d_sum, mask=v_held & (blocks > 0))
+    if CONTENT == 2:
+        dZ = tl.zeros([BK, BR], tl.float32)
+        if d_content_end is not None:
+            from_end, end_held = point_Z(d_content_end, own, R, K, BK, BR)
+            dZ = tl.load(from_end, mask=end_held, other=0.0)
+        from_Z, Z_held = point_Z(contents, to_last, R, K, BK, BR)
+        Z = tl.load(from_Z, mask=Z_held & (blocks > 0), other=0.0)
+
+    for back in tl.range(0, blocks, num_stages=STAGES):
+        i = blocks - 1 - back
+        at = (slot + i) * HV + head
+        token, count, chunk, start = find_block(i, length, position, C)
+        o_16K = at * (16 * K) + rows[:, None] * K + o_k[None, :]
+        b_x = tl.load(x + o_16K, mask=k_held[None, :], other=0.0)
+        b_k_in = tl.load(k_in + o_16K, mask=k_held[None, :], other=0.0)
+        b_q_in = tl.load(q_in + o_16K, mask=k_held[None, :], other=0.0)
+        b_decay = tl.load(decay + at * K + o_k, mask=k_held, other=1.0)
+        b_M = tl.load(M + at * 256 + i16)
+        b_T = tl.load(T + at * 256 + i16)
+        is_strong = tl.load(strong + at) != 0
+        o_token = (begin + token) * HV * V + head * V + rows[:, None] * (HV * V) + o_v[None, :]
+        held = (rows < count)[:, None] & v_held[None, :]
+        dt = tl.trans(tl.load(d_o + o_token, mask=held, other=0.0).to(tl.float32))
+        if CONTENT == 1:
+            dt += d_sum[:, None]
+        d_low = dt.to(LOW)
+
+        # -- back through the block --
+        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+        tl.store(d_states + o_saved, dSt.to(LOW), mask=S_held)
+        into_x = (dSt * tl.where(is_strong, 1.0, b_decay)[None, :]).to(LOW)
+        dvt = tl.dot(into_x, tl.trans(b_x), input_precision=PRECISION)
+        dvt = tl.dot(d_low, b_M.to(LOW), dvt, input_precision=PRECISION)
+        drt = tl.dot(dvt.to(LOW), b_T.to(LOW), input_precision=PRECISION)
+        dr_low = drt.to(LOW)
+        o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
+        tl.store(d_edits + o_edit, tl.trans(dr_low), mask=v_held[None, :])
+        dSt *= b_decay[None, :]
+        dSt = tl.dot(d_low, b_q_in, dSt, input_precision=PRECISION)
+        dSt = tl.dot((-drt).to(LOW), b_k_in, dSt, input_precision=PRECISION)
+
+        if CONTENT > 0:
+            # -- gradients of the gates' logits --
+            b_edit = tl.load(edits + o_edit, mask=v_held[None, :], other=0.0)
+            b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
+            b_slope = tl.load(slope + o_16K, mask=k_held[None, :], other=0.0)
+            dAt = tl.where(r < c, -tl.dot(b_edit, dr_low, input_precision=PRECISION), 0.0)
+            dbt = tl.dot(tl.trans(b_S), (-drt).to(LOW), input_precision=PRECISION)
+            o_key = (begin + token) * H * K + head // (HV // H) * K + rows[:, None] * (H * K) + o_k[None, :]
+            k_mask = (rows < count)[:, None] & k_held[None, :]
+            if is_strong:
+                o_g = (begin + token) * H_g * K + head // (HV // H_g) * K + rows[:, None] * (H_g * K) + o_k[None, :]
+                gt = tl.trans(tl.maximum(tl.load(g + o_g, mask=k_mask, other=0.0), GONE))
+                kt = tl.trans(tl.load(k + o_key, mask=k_mask, other=0.0).to(tl.float32))
+                dbt = dbt * tl.exp(tl.cumsum(gt, 1))
+                dbt += strong_rows(tl.trans(dAt), kt, gt, LOW, PRECISION, WIDE)
+            else:
+                dbt = tl.dot(tl.trans(b_x), dAt.to(LOW), dbt, input_precision=PRECISION)
+            d_logits = dbt * tl.trans(b_slope.to(tl.float32))
+            if p_write is not None:
+                b_a = tl.load(a + at * 16 + rows)
+                vt = tl.trans(tl.load(v + o_token, mask=held, other=0.0).to(tl.float32))
+                d_write_logits = tl.sum(drt * vt, 0) * b_a * (1 - b_a)
+
+            if CONTENT == 1:
+                d_erase += tl.sum(d_logits, 1)
+                if p_write is not None:
+                    d_write += tl.sum(d_write_logits, 0)
+                if token == start:
+                    z, root = norm_mean(seen, R, RMS)
+                    dz = z * 0.0
+                    if p_up is not None:
+                        dz = tl.sum(load_up(p_up, head, R, K, BK, BR) * d_erase[None, :], 1)
+                    if p_write is not None:
+                        dz += load_write(p_write, head, R, BR) * d_write
+                    if RMS:
+                        dz = dz - z * (tl.sum(z * dz, 0) / R)
+                    d_seen += dz * root
+                    d_erase = d_erase * 0.0
+                    d_write = d_write * 0.0
+                    if chunk > 0:
+                        before = (chunk_slot + chunk - 1) * HV + head
+                        mean = tl.load(means + before * V + o_v, mask=v_held, other=0.0)
+                        d_down += mean[:, None] * d_seen[None, :]
+                        d_sum = tl.sum(down * d_seen[None, :], 1) / C
+                        tl.store(d_sums + before * V + o_v, d_sum, mask=v_held)
+                        d_seen = d_seen * 0.0
+                        seen = tl.load(contents + before * R + o_r, mask=r_held, other=0.0)
+            else:
+                b_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(LOW)
+                zt, roots = read_memory(b_k, Z, R, RMS, PRECISION)
+                dzt = zt * 0.0
+                if p_up is not None:
+                    up = load_up(p_up, head, R, K, BK, BR).to(LOW)
+                    dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
+                if p_write is not None:
+                    dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
+                if RMS:
+                    dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
+                dzt = dzt * roots[None, :]
+                dZ = tl.dot(tl.trans(b_k), tl.trans(dzt.to(LOW)), dZ, input_precision=PRECISION)
+                if (token == start) & (chunk > 0):
+                    dZ_low = dZ.to(LOW)
+                    d_down = tl.dot(b_S, dZ_low, d_down, input_precision=PRECISION)
+                    dSt = tl.dot(down.to(LOW), tl.trans(dZ_low), dSt, input_precision=PRECISION)
+                    dZ = dZ * 0.0
+                    from_next, next_held = point_Z(contents, (chunk_slot + chunk - 1) * HV + head, R, K, BK, BR)
+                    Z = tl.load(from_next, mask=next_held, other=0.0)
+
+    # -- gradients of the state before the first token, and of P_down --
+    if CONTENT > 0:
+        tl.store(d_p_down + n.to(tl.int64) * (HV * V * R) + o_down, d_down, mask=down_held)
+    if d_memory is not None:
+        tl.store(d_memory + o_S, dSt, mask=S_held)
+        if CONTENT == 1:
+            tl.store(d_content + own * R + o_r, d_seen, mask=r_held)
+            tl.store(d_content_sum + own * V + o_v, d_sum, mask=v_held)
+        if CONTENT == 2:
+            to_end, begin_held = point_Z(d_content, own, R, K, BK, BR)
+            tl.store(to_end, dZ, mask=begin_held)
+
+
+@triton.jit(do_not_specialize=["R"])
+def differentiate_blocks(
+    q,
+    k,
+    v,
+    g,
+    e,
+    p_up,
+    p_write,
+    contents,
+    blocks,
+    a,
+    states,
+    edits,
+    d_o,
+    d_states,
+    d_edits,
+    d_sums,
+    dq,
+    dk,
+    dv,
+    dg,
+    de,
+    dw,
+    z_all,
+    scale,
+    top,
+    R,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    H_g: tl.constexpr,
+    H_e: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    CONTENT: tl.constexpr,
+    RMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Writes the gradients, `[B, T, HV, ...]` (dg, dw fp32), and z_all, the content of each token `[slots, HV, 16, R]`."""
+    i = tl.program_id(0) // HV
+    head = tl.program_id(0) % HV
+    at_block = blocks + i.to(tl.int64) * FIELDS
+    token, count = tl.load(at_block), tl.load(at_block + 1)
+    if count == 0:
+        return
+    LOW: tl.constexpr = states.dtype.element_ty
+    at = i.to(tl.int64) * HV + head
+    rows, o_k = tl.arange(0, 16), tl.arange(0, BK)
+    o_r = tl.arange(0, BR)
+    r, c = rows[:, None], rows[None, :]
+    kept = rows < count
+    held = (o_k < K)[:, None] & kept[None, :]
+
+    # -- products over V --
+    dqt = tl.zeros([BK, 16], tl.float32)  # d S^T
+    dbt = tl.zeros([BK, 16], tl.float32)  # dr S^T
+    d_out = tl.zeros([BK, 16], tl.float32)  # v_new dS^T: the gradient of k exp(G_16 - G)
+    dA = tl.zeros([16, 16], tl.float32)
+    dM = tl.zeros([16, 16], tl.float32)
+    da = tl.zeros([16], tl.float32)
+    kept_state = tl.zeros([BK], tl.float32)  # sum_v S dS
+    b_a = tl.load(a + at * 16 + rows)
+    for first in tl.range(0, V, BV, num_stages=STAGES):
+        o_v = first + tl.arange(0, BV)
+        v_held = o_v < V
+        t_held = v_held[:, None] & kept[None, :]
+        o_token = (token * HV + head) * V + rows[None, :] * (HV * V) + o_v[:, None]
+        o_edit = at * (16 * V) + rows[None, :] * V + o_v[:, None]
+        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+        S_held = v_held[:, None] & (o_k < K)[None, :]
+        b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
+        b_dS = tl.load(d_states + o_saved, mask=S_held, other=0.0)
+        b_edit = tl.load(edits + o_edit, mask=v_held[:, None], other=0.0)
+        b_dr = tl.load(d_edits + o_edit, mask=v_held[:, None], other=0.0)
+        b_d = tl.load(d_o + o_token, mask=t_held, other=0.0)
+        if CONTENT == 1:
+            chunk = tl.load(at_block + 2) * HV + head
+            d_sum = tl.load(d_sums + chunk * V + o_v, mask=v_held, other=0.0)
+            b_d = (b_d.to(tl.float32) + d_sum[:, None]).to(LOW)
+        b_d = b_d.to(LOW)
+        dqt = tl.dot(tl.trans(b_S), b_d, dqt, input_precision=PRECISION)
+        dbt = tl.dot(tl.trans(b_S), b_dr, dbt, input_precision=PRECISION)
+        d_out = tl.dot(tl.trans(b_dS), b_edit, d_out, input_precision=PRECISION)
+        dA = tl.dot(tl.trans(b_dr), b_edit, dA, input_precision=PRECISION)
+        dM = tl.dot(tl.trans(b_d), b_edit, dM, input_precision=PRECISION)
+        kept_state += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 0)
+        wide_dr = b_dr.to(tl.float32)
+        b_v = tl.load(v + o_token, mask=t_held, other=0.0).to(tl.float32)
+        da += tl.sum(wide_dr * b_v, 0)
+        tl.store(dv + o_token, (wide_dr * b_a[None, :]).to(dv.dtype.element_ty), mask=t_held)
+    dA = tl.where(r > c, -dA, 0.0)
+    dM = tl.where(r >= c, dM, 0.0)
+
+    # -- decays and gates, as in the forward --
+    o_key = (token * H + head // (HV // H)) * K + rows[None, :] * (H * K) + o_k[:, None]
+    kt = tl.load(k + o_key, mask=held, other=0.0).to(tl.float32)
+    qt = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
+    o_g = (token * H_g + head // (HV // H_g)) * K + rows[None, :] * (H_g * K) + o_k[:, None]
+    gt = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
+    o_e = (token * H_e + head // (HV // H_e)) * K + rows[None, :] * (H_e * K) + o_k[:, None]
+    logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
+    if CONTENT == 1:
+        chunk_at = tl.load(at_block + 2) * HV + head
+        seen = tl.load(contents + chunk_at * R + o_r, mask=o_r < R, other=0.0)
+        erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+        logits += erase[:, None]
+        z, root = norm_mean(seen, R, RMS)
+        zt = z[:, None] + tl.zeros([BR, 16], tl.float32)
+    if CONTENT == 2:
+        from_Z, Z_held = point_Z(contents, tl.load(at_block + 2) * HV + head, R, K, BK, BR)
+        Z = tl.load(from_Z, mask=Z_held, other=0.0)
+        k_low = tl.trans(kt.to(LOW))
+        erase, write = see_memory(k_low, Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+        logits += tl.trans(erase)
+        zt, roots = read_memory(k_low, Z, R, RMS, PRECISION)
+    if CONTENT > 0:
+        o_z = (at * 16 + rows[None, :]) * R + o_r[:, None]
+        tl.store(z_all + o_z, zt, mask=(o_r < R)[:, None] & (rows < 16)[None, :])
+    s = tl.sigmoid(logits)
+    b = top * s
+    G = tl.cumsum(gt, 1)
+    total = tl.sum(gt, 1)
+    inward, outward = tl.exp(G), tl.exp(tl.cumsum(gt, 1, reverse=True) - gt)
+
+    # -- dbt: gradient of b k; dqt: of scale q; dkt: of k where it is the column of A and M --
+    dbt = -dbt * inward
+    dqt = dqt * inward
+    if tl.min(total, 0) < -MILD:
+        diagonal = tl.sum(tl.where(r == c, dM, 0.0), 0)
+        dqt += kt * diagonal[None, :]
+        dkt = qt * diagonal[None, :]
+        for level in tl.range(4, num_stages=1, loop_unroll_factor=1):
+            f = half_decays(gt, level, WIDE)
+            k_half = (kt * f).to(LOW)
+            dA_half, dM_half = across(dA, level).to(LOW), across(dM, level).to(LOW)
+            dbt += f * tl.dot(k_half, tl.trans(dA_half), input_precision=PRECISION)
+            dqt += f * tl.dot(k_half, tl.trans(dM_half), input_precision=PRECISION)
+            into_k = tl.dot((b * kt * f).to(LOW), dA_half, input_precision=PRECISION)
+            into_k = tl.dot((qt * f).to(LOW), dM_half, into_k, input_precision=PRECISION)
+            dkt += f * into_k
+    else:
+        away = tl.exp(-G)
+        xt = (kt * away).to(LOW)
+        dA_low, dM_low = dA.to(LOW), dM.to(LOW)
+        dbt += inward * tl.dot(xt, tl.trans(dA_low), input_precision=PRECISION)
+        dqt += inward * tl.dot(xt, tl.trans(dM_low), input_precision=PRECISION)
+        dkt = tl.dot((b * kt * inward).to(LOW), dA_low, input_precision=PRECISION)
+        dkt = tl.dot((qt * inward).to(LOW), dM_low, dkt, input_precision=PRECISION) * away
+
+    # -- gradients of the inputs --
+    from_state = d_out * outward * kt
+    dG = dbt * b * kt + dqt * qt - dkt * kt - from_state
+    d_total = kept_state * tl.exp(total) + tl.sum(from_state, 1)
+    o_out = (token * HV + head) * K + rows[None, :] * (HV * K) + o_k[:, None]
+    tl.store(dg + o_out, tl.cumsum(dG, 1, reverse=True) + d_total[:, None], mask=held)
+    tl.store(dq + o_out, (dqt * scale).to(dq.dtype.element_ty), mask=held)
+    d_logits = dbt * kt * b * (1 - s)
+    tl.store(de + o_out, d_logits.to(de.dtype.element_ty), mask=held)
+    dkt += dbt * b + d_out * outward
+    d_write_logits = da * b_a * (1 - b_a)
+    if dw is not None:
+        tl.store(dw + (token + rows) * HV + head, d_write_logits, mask=kept)
+    if CONTENT == 2:
+        dzt = zt * 0.0
+        if p_up is not None:
+            up = load_up(p_up, head, R, K, BK, BR).to(LOW)
+            dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
+        if p_write is not None:
+            dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
+        if RMS:
+            dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
+        dzt = dzt * roots[None, :]
+        dkt = tl.dot(Z.to(LOW), dzt.to(LOW), dkt, input_precision=PRECISION)
+    tl.store(dk + o_out, dkt.to(dk.dtype.element_ty), mask=held)
+
+
+@triton.jit(do_not_specialize=["R", "slots"])
+def sum_projections(
+    blocks,
+    z_all,
+    de,
+    dw,
+    d_p_up,
+    d_p_write,
+    R,
+    slots,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    RUN: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of P_up `[runs, HV, R, K]` and p_write `[runs, HV, R]` from each run of RUN blocks."""
+    run = tl.program_id(0) // HV
+    head = tl.program_id(0) % HV
+    rows, o_k, o_r = tl.arange(0, 16), tl.arange(0, BK), tl.arange(0, BR)
+    up = tl.zeros([BR, BK], tl.float32)
+    write = tl.zeros([BR], tl.float32)
+    for j in range(RUN):
+        i = run.to(tl.int64) * RUN + j
+        token = tl.load(blocks + i * FIELDS, mask=i < slots, other=0)
+        count = tl.load(blocks + i * FIELDS + 1, mask=i < slots, other=0)
+        kept = rows < count
+        o_z = ((i * HV + head) * 16 + rows[None, :]) * R + o_r[:, None]
+        zt = tl.load(z_all + o_z, mask=(o_r < R)[:, None] & kept[None, :], other=0.0)
+        o_e = (token * HV + head) * K + rows[:, None] * (HV * K) + o_k[None, :]
+        b_de = tl.load(de + o_e, mask=kept[:, None] & (o_k < K)[None, :], other=0.0)
+        up = tl.dot(zt.to(LOW), b_de.to(LOW), up, input_precision=PRECISION)
+        if dw is not None:
+            b_dw = tl.load(dw + (token + rows) * HV + head, mask=kept, other=0.0)
+            write += tl.sum(zt * b_dw[None, :], 1)
+    at = tl.program_id(0).to(tl.int64) * R + o_r
+    tl.store(d_p_up + at[:, None] * K + o_k[None, :], up, mask=(o_r < R)[:, None] & (o_k < K)[None, :])
+    tl.store(d_p_write + at, write, mask=o_r < R)
