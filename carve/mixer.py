@@ -104,7 +104,8 @@ class ShortConvolution(nn.Module):
 
         cu_seqlens = cu_seqlens.to(x.device, torch.int64)
         lengths, times = cu_seqlens.diff().unsqueeze(-1), torch.arange(T, device=x.device)
-        sequence = torch.bucketize(times, cu_seqlens, right=True) - 1  # the last that begins here or before
+        # the last that begins here or before; of a slice, compiled for a GPU, PyTorch 2.11 would lose the beginning
+        sequence = torch.bucketize(times, cu_seqlens, right=True) - 1
         local = times - cu_seqlens[sequence]
         extended = F.pad(x[0], (0, 0, lags, 0))
         y = x[0] * weight[:, lags]

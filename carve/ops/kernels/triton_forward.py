@@ -192,7 +192,7 @@ def see_mean(seen, p_up, p_write, head, R, K: tl.constexpr, BK: tl.constexpr, BR
 @triton.jit
 def read_memory(k, Z, R, RMS: tl.constexpr, PRECISION: tl.constexpr):
     """z^T `[BR, 16]` and 1 / its size `[16]`, of 16 tokens, from keys k `[16, BK]` and Z `[BK, BR]`."""
-    zt = tl.dot(tl.trans(Z.to(k.dtype)), tl.trans(k), input_precision=PRECISION)
+    zt = tl.trans(tl.dot(k, Z.to(k.dtype), input_precision=PRECISION))
     root = tl.sum(zt * 0.0, 0) + 1.0
     if RMS:
         root = tl.rsqrt(tl.sum(zt * zt, 0) / R + 1e-8)
@@ -435,21 +435,24 @@ def run_blocks(
         if content is not None:
             seen = tl.load(content + own * R + o_r, mask=r_held, other=0.0)
             total = tl.load(content_sum + own * V + o_v, mask=v_held, other=0.0)
+        if contents is not None:
+            tl.store(contents + (chunk_slot * HV + head) * R + o_r, seen, mask=r_held & (blocks > 0))
         erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
     if CONTENT == 2:
         Z = tl.zeros([BK, BR], tl.float32)
         if content is not None:
             from_Z, Z_held = point_Z(content, own, R, K, BK, BR)
             Z = tl.load(from_Z, mask=Z_held, other=0.0)
+        if content_end is not None:
+            to_end, end_held = point_Z(content_end, own, R, K, BK, BR)
+            tl.store(to_end, Z, mask=end_held)
+        if contents is not None:
+            to_Z, Z_held = point_Z(contents, chunk_slot * HV + head, R, K, BK, BR)
+            tl.store(to_Z, Z, mask=Z_held & (blocks > 0))
+        Z_low = Z.to(LOW)
     if CONTENT > 0:
         o_down = (head * V + o_v[:, None]) * R + o_r[None, :]
         down = tl.load(p_down + o_down, mask=v_held[:, None] & r_held[None, :], other=0.0)
-        if contents is not None and blocks > 0:
-            if CONTENT == 1:
-                tl.store(contents + (chunk_slot * HV + head) * R + o_r, seen, mask=r_held)
-            else:
-                to_Z, Z_held = point_Z(contents, chunk_slot * HV + head, R, K, BK, BR)
-                tl.store(to_Z, Z, mask=Z_held)
 
     for i in tl.range(0, blocks, num_stages=STAGES):
         at = (slot + i) * HV + head
@@ -474,7 +477,7 @@ def run_blocks(
             o_key = (begin + token) * H * K + head // (HV // H) * K + rows[:, None] * (H * K) + o_k[None, :]
             if CONTENT == 2:
                 b_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(LOW)
-                erase, write = see_memory(b_k, Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+                erase, write = see_memory(b_k, Z_low, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
                 b = top * tl.sigmoid(logits + erase)
             else:
                 b = top * tl.sigmoid(logits + erase[None, :])
@@ -528,6 +531,9 @@ def run_blocks(
                         tl.store(contents + (to + HV) * R + o_r, seen, mask=r_held)
                 else:
                     Z = tl.dot(tl.trans(St.to(LOW)), down.to(LOW), input_precision=PRECISION)
+                    Z_low = Z.to(LOW)
+                    if content_end is not None:
+                        tl.store(to_end, Z, mask=end_held)
                     if contents is not None:
                         to_next, next_held = point_Z(contents, to + HV, R, K, BK, BR)
                         tl.store(to_next, Z, mask=next_held)
@@ -538,6 +544,3 @@ def run_blocks(
         if CONTENT == 1:
             tl.store(content_end + own * R + o_r, seen, mask=r_held)
             tl.store(content_sum_end + own * V + o_v, total, mask=v_held)
-        if CONTENT == 2:
-            to_end, end_held = point_Z(content_end, own, R, K, BK, BR)
-            tl.store(to_end, Z, mask=end_held)
