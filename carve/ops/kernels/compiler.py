@@ -131,9 +131,16 @@ def write_cached(path: Path, code: bytes) -> None:
 # -- compiling --
 
 
+HEADERS = {
+    "forward": ["primitives.cuh", "tile.cuh"],
+    "reverse": ["primitives.cuh", "tile.cuh", "replay.cuh"],
+    "gradients": ["primitives.cuh", "tile.cuh", "replay.cuh"],
+    "decode": ["primitives.cuh"],
+}
+
+
 def source(name: str) -> str:
-    shared = ["primitives.cuh"] if name == "decode" else ["primitives.cuh", "tile.cuh"]
-    return "".join((FOLDER / file).read_text() for file in [*shared, f"{name}.cu"])
+    return "".join((FOLDER / file).read_text() for file in [*HEADERS[name], f"{name}.cu"])
 
 
 def compile_source(text: str, name: str, arch: str, constants: Constants) -> bytes:

@@ -24,22 +24,6 @@ constexpr int O_Z = O_UP + (READ ? RANK * K * 2 : 0), SHARED_BYTES = O_Z + (READ
 
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
 
-DEVICE Operand negate(Operand a) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a.x[i] ^= 0x80008000u;
-  return a;
-}
-
-DEVICE Sums widen(const Operand& a) {
-  Sums y;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<Bf16>(a.x[i]);
-    y.x[i >> 1][2 * (i & 1)] = x.x, y.x[i >> 1][2 * (i & 1) + 1] = x.y;
-  }
-  return y;
-}
-
 DEVICE void scale_by_rows(Sums& x, const float (&by)[2]) {
 #pragma unroll
   for (int t = 0; t < 2; ++t)

@@ -32,26 +32,10 @@ constexpr int SHARED_BYTES = O_Z + (READ ? RANK * K * 2 : 0);
 
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
 
-DEVICE Operand negate(Operand a) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a.x[i] ^= 0x80008000u;
-  return a;
-}
-
 DEVICE float pick(const float (&x)[RANK], int i) {  // without an index into registers at run time
   float y = x[0];
 #pragma unroll
   for (int r = 1; r < RANK; ++r) y = i == r ? x[r] : y;
-  return y;
-}
-
-DEVICE Sums widen(const Operand& a) {
-  Sums y;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<Bf16>(a.x[i]);
-    y.x[i >> 1][2 * (i & 1)] = x.x, y.x[i >> 1][2 * (i & 1) + 1] = x.y;
-  }
   return y;
 }
 
