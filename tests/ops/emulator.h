@@ -1,0 +1,475 @@
+// In place of primitives.cuh, to run the kernels on a CPU (x86-64): every GPU thread is a fiber, warps take turns in random
+// order, and what the threads of a warp or a block do together is a rendezvous.  Shared memory begins as garbage, and
+// writing beyond its end, unaligned operands and threads that do not arrive together end the process.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <utility>
+#include <vector>
+#define DEVICE inline
+#define KERNEL static
+#define __restrict__
+#define __launch_bounds__(...)
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned char byte;
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  u32 x, y, z, w;
+};
+static float2 make_float2(float a, float b) { return {a, b}; }
+static float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+static uint4 make_uint4(u32 a, u32 b, u32 c, u32 d) { return {a, b, c, d}; }
+static float __uint_as_float(u32 x) {
+  float y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+static u32 __float_as_uint(float x) {
+  u32 y;
+  memcpy(&y, &x, 4);
+  return y;
+}
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+static inline i64 min(i64 a, i64 b) { return a < b ? a : b; }
+
+struct Context {
+  void* sp;
+};
+extern "C" void emu_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emu_switch
+.type emu_switch,@function
+emu_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+static void jump(Context* a, Context* b) { emu_switch(&a->sp, b->sp); }
+static void make(Context* c, char* stack, size_t n, void (*f)()) {
+  uint64_t* p = (uint64_t*)(((uintptr_t)(stack + n)) & ~63ull);
+  *--p = 0;
+  *--p = (uint64_t)f;
+  for (int i = 0; i < 6; i++) *--p = 0;
+  c->sp = p;
+}
+
+namespace emu {
+struct Copy {
+  void* to;
+  const void* from;
+  int n;
+  bool valid;
+};
+struct Fiber {
+  Context ctx;
+  char* stack;
+  bool done = false;
+  bool waiting = false;
+  std::vector<Copy> copies;
+  std::vector<int> groups;
+};
+static std::vector<Fiber> fibers;
+static int cur = -1, blk = 0;
+static Context main_ctx;
+static byte* smem;
+static int nthreads;
+struct Warp {
+  int arrived = 0;
+  long gen = 0;
+  u32 in[32][4];
+  const void* ptr[32];
+  const char* what;
+  float fin[32];
+  int lane[32];
+  u32 out[32][4];
+};
+static std::vector<Warp> warps;
+static int b_arrived;
+static long b_gen;
+static int b_line;
+static void yield() { jump(&fibers[cur].ctx, &main_ctx); }
+template <class F>
+void warp_op(const char* what, F finish) {
+  Warp& w = warps[cur >> 5];
+  long gen = w.gen;
+  if (w.arrived == 0)
+    w.what = what;
+  else if (strcmp(w.what, what)) {
+    printf("divergent warp op %s vs %s\n", w.what, what);
+    abort();
+  }
+  if (++w.arrived == 32) {
+    finish(w);
+    w.arrived = 0;
+    w.gen++;
+  } else
+    while (w.gen == gen) yield();
+}
+static float rb(u32 x) {
+  u32 y = x << 16;
+  float f;
+  memcpy(&f, &y, 4);
+  return f;
+}
+}  // namespace emu
+static int thread_index() { return emu::cur; }
+static int block_index() { return emu::blk; }
+static byte* shared_memory() { return emu::smem; }
+static void sync() {
+  using namespace emu;
+  long gen = b_gen;
+  if (++b_arrived == nthreads) {
+    b_arrived = 0;
+    b_gen++;
+  } else
+    while (b_gen == gen) yield();
+}
+static void warp_sync() {
+  emu::warp_op("sync", [](emu::Warp&) {});
+}
+static float shuffle(float x, int lane) {
+  using namespace emu;
+  int l = cur & 31;
+  Warp& w = warps[cur >> 5];
+  w.fin[l] = x;
+  warp_op("shfl", [](Warp& w) {
+    for (int i = 0; i < 32; i++) memcpy(&w.out[i][0], &w.fin[i], 4);
+  });
+  u32 y = w.out[lane & 31][0];
+  float f;
+  memcpy(&f, &y, 4);
+  warp_op("shfl2", [](Warp&) {});
+  return f;
+}
+static float shuffle_xor(float x, int m) { return shuffle(x, (emu::cur & 31) ^ m); }
+static float exp2_(float x) {
+  float y = std::exp2(x);
+  return std::fabs(y) < 1.17549435e-38f ? 0.f : y;
+}
+static float reciprocal(float x) { return 1.f / x; }
+static float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
+struct Bf16 {
+  unsigned short bits;
+};
+struct Fp16 {
+  unsigned short bits;
+};
+template <class X>
+float2 unpack(u32 x);
+template <class X>
+u32 pack(float, float);
+template <>
+float2 unpack<Bf16>(u32 x) {
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+static u32 bf(float a) {
+  u32 x = __float_as_uint(a);
+  if ((x & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+}
+template <>
+u32 pack<Bf16>(float a, float b) {
+  return bf(a) | (bf(b) << 16);
+}
+template <>
+float2 unpack<Fp16>(u32 x) {
+  _Float16 h[2];
+  memcpy(h, &x, 4);
+  return {(float)h[0], (float)h[1]};
+}
+template <>
+u32 pack<Fp16>(float a, float b) {
+  _Float16 h[2] = {(_Float16)a, (_Float16)b};
+  u32 x;
+  memcpy(&x, h, 4);
+  return x;
+}
+static void ldm(u32 (&x)[4], const void* row, bool tr) {
+  using namespace emu;
+  int l = cur & 31;
+  Warp& w = warps[cur >> 5];
+  w.ptr[l] = row;
+  if (((uintptr_t)row) & 15) {
+    printf("unaligned ldmatrix\n");
+    abort();
+  }
+  if ((byte*)row < smem || (byte*)row >= smem + 300000) {
+    printf("ldmatrix outside\n");
+    abort();
+  }
+  warp_op(tr ? "ldmt" : "ldm", [tr](Warp& w) {
+    for (int m = 0; m < 4; m++)
+      for (int i = 0; i < 32; i++) {
+        int g = i >> 2, q = i & 3;
+        uint16_t a, b;
+        if (!tr) {
+          const uint16_t* p = (const uint16_t*)w.ptr[m * 8 + g];
+          a = p[2 * q];
+          b = p[2 * q + 1];
+        } else {
+          a = ((const uint16_t*)w.ptr[m * 8 + 2 * q])[g];
+          b = ((const uint16_t*)w.ptr[m * 8 + 2 * q + 1])[g];
+        }
+        w.out[i][m] = a | ((u32)b << 16);
+      }
+  });
+  for (int m = 0; m < 4; m++) x[m] = w.out[l][m];
+  warp_op("ldm2", [](Warp&) {});
+}
+static u32 shared_address(const void* p) { return (u32)((byte*)p - emu::smem); }
+static void fetch_into_cache(const void*) {}
+static void load_quarters(u32 (&x)[4], u32 row) { ldm(x, emu::smem + row, false); }
+static void load_quarters_transposed(u32 (&x)[4], u32 row) { ldm(x, emu::smem + row, true); }
+static u32 transpose_quarter(u32 x) {
+  using namespace emu;
+  int l = cur & 31;
+  Warp& w = warps[cur >> 5];
+  w.in[l][0] = x;
+  warp_op("movm", [](Warp& w) {
+    uint16_t m[8][8];
+    for (int i = 0; i < 32; i++) {
+      m[i >> 2][2 * (i & 3)] = w.in[i][0];
+      m[i >> 2][2 * (i & 3) + 1] = w.in[i][0] >> 16;
+    }
+    for (int i = 0; i < 32; i++) w.out[i][0] = m[2 * (i & 3)][i >> 2] | ((u32)m[2 * (i & 3) + 1][i >> 2] << 16);
+  });
+  u32 y = w.out[l][0];
+  warp_op("movm2", [](Warp&) {});
+  return y;
+}
+static void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  using namespace emu;
+  int l = cur & 31;
+  Warp& w = warps[cur >> 5];
+  for (int i = 0; i < 4; i++) w.in[l][i] = a[i];
+  w.out[l][0] = b0;
+  w.out[l][1] = b1;
+  warp_op("mma", [](Warp& w) {
+    float A[16][16], B[16][8];
+    for (int i = 0; i < 32; i++) {
+      int g = i >> 2, q = i & 3;
+      for (int m = 0; m < 4; m++) {
+        int r = g + 8 * (m & 1), cc = 2 * q + 8 * (m >> 1);
+        A[r][cc] = rb(w.in[i][m] & 0xffff);
+        A[r][cc + 1] = rb(w.in[i][m] >> 16);
+      }
+      for (int m = 0; m < 2; m++) {
+        B[2 * q + 8 * m][g] = rb(w.out[i][m] & 0xffff);
+        B[2 * q + 8 * m + 1][g] = rb(w.out[i][m] >> 16);
+      }
+    }
+    for (int i = 0; i < 32; i++) {
+      int g = i >> 2, q = i & 3;
+      for (int e = 0; e < 4; e++) {
+        float s = 0;
+        int r = g + 8 * (e >> 1), cc = 2 * q + (e & 1);
+        for (int k = 0; k < 16; k++) s += A[r][k] * B[k][cc];
+        w.in[i][e] = __float_as_uint(s);
+      }
+    }
+  });
+  for (int e = 0; e < 4; e++) c[e] += __uint_as_float(w.in[l][e]);
+  warp_op("mma2", [](Warp&) {});
+}
+static void chk(void* to, int n) {
+  if ((byte*)to < emu::smem || (uintptr_t)to % n) {
+    printf("bad copy\n");
+    abort();
+  }
+}
+static void copy_16_bytes(void* to, const void* from, bool v) {
+  chk(to, 16);
+  emu::fibers[emu::cur].copies.push_back({to, from, 16, v});
+}
+static void copy_4_bytes(void* to, const void* from, bool v) {
+  chk(to, 4);
+  emu::fibers[emu::cur].copies.push_back({to, from, 4, v});
+}
+static void wait_for_copies() {
+  emu::fibers[emu::cur].groups.clear();
+  auto& c = emu::fibers[emu::cur].copies;
+  for (auto& x : c)
+    if (x.valid)
+      memcpy(x.to, x.from, x.n);
+    else
+      memset(x.to, 0, x.n);
+  c.clear();
+}
+static void do_copies(int m) {
+  auto& f = emu::fibers[emu::cur];
+  for (int i = 0; i < m; i++) {
+    auto& x = f.copies[i];
+    if (x.valid)
+      memcpy(x.to, x.from, x.n);
+    else
+      memset(x.to, 0, x.n);
+  }
+  f.copies.erase(f.copies.begin(), f.copies.begin() + m);
+}
+static void close_copies() {
+  auto& f = emu::fibers[emu::cur];
+  int before = 0;
+  for (int g : f.groups) before += g;
+  f.groups.push_back((int)f.copies.size() - before);
+}
+static void wait_for_copies_but_last() {
+  auto& f = emu::fibers[emu::cur];
+  while (f.groups.size() > 1) {
+    do_copies(f.groups[0]);
+    f.groups.erase(f.groups.begin());
+  }
+}
+namespace emu {
+static struct {
+  int arrived;
+  long gen;
+  int n;
+} bars[16];
+}  // namespace emu
+static void barrier(int id, int n) {
+  using namespace emu;
+  if (id < 1 || id > 15 || n % 32) {
+    printf("bad barrier\n");
+    abort();
+  }
+  auto& b = bars[id];
+  if (b.arrived == 0)
+    b.n = n;
+  else if (b.n != n) {
+    printf("barrier counts differ\n");
+    abort();
+  }
+  long gen = b.gen;
+  if (++b.arrived == n) {
+    b.arrived = 0;
+    b.gen++;
+  } else
+    while (bars[id].gen == gen) yield();
+}
+struct alignas(8) Signal {
+  short n, pending;
+  int phase;
+};
+static void set_up(Signal* s, int n) {
+  s->n = s->pending = n;
+  s->phase = 0;
+}
+static void arrive(Signal* s) {
+  if (s->n <= 0 || s->pending <= 0) {
+    printf("bad arrive\n");
+    abort();
+  }
+  if (--s->pending == 0) {
+    s->pending = s->n;
+    s->phase ^= 1;
+  }
+}
+static int lane_anew() { return emu::cur & 31; }
+static bool has_ended(Signal* s, int phase) { return s->phase != phase; }
+static bool any_lane(bool x) {
+  using namespace emu;
+  int l = cur & 31;
+  Warp& w = warps[cur >> 5];
+  w.lane[l] = x;
+  warp_op("any", [](Warp& w) {
+    u32 m = 0;
+    for (int i = 0; i < 32; i++) m |= w.lane[i] ? 1u << i : 0;
+    for (int i = 0; i < 32; i++) w.out[i][0] = m;
+  });
+  u32 y = w.out[l][0];
+  warp_op("any2", [](Warp&) {});
+  return y != 0;
+}
+static bool all_lanes(bool x) { return !any_lane(!x); }
+static int uniform(int x) { return x; }
+static void store_shared(u32 a, u32 x) {
+  if (a % 4 || a > 300000) abort();
+  *(u32*)(emu::smem + a) = x;
+}
+static void wait(Signal* s, int phase) {
+  while (s->phase == phase) emu::yield();
+}
+namespace emu {
+static void (*entry_fn)(void**);
+static void** entry_args;
+static void entry() {
+  entry_fn(entry_args);
+  fibers[cur].done = true;
+  yield();
+}
+template <class... A>
+struct Caller;
+template <auto fn, class... A, size_t... I>
+static void call_impl(void (*)(A...), void** a, std::index_sequence<I...>) {
+  fn(*(A*)a[I]...);
+}
+template <auto fn, class... A>
+static void call2(void (*p)(A...), void** a) {
+  call_impl<fn>(p, a, std::index_sequence_for<A...>{});
+}
+template <auto fn>
+static void call(void** a) {
+  call2<fn>(fn, a);
+}
+static void run(void (*f)(void**), int grid, int threads, int bytes, void** args, int seed) {
+  entry_fn = f;
+  entry_args = args;
+  nthreads = threads;
+  std::mt19937 rng(seed);
+  const size_t SS = 1 << 16;
+  static char* stacks = nullptr;
+  static int cap = 0;
+  if (cap < threads) {
+    free(stacks);
+    stacks = (char*)aligned_alloc(4096, SS * threads);
+    cap = threads;
+  }
+  std::vector<byte> mem(bytes + 1024 + 4096, 0xff);
+  smem = (byte*)(((uintptr_t)mem.data() + 1023) / 1024 * 1024);
+  for (blk = 0; blk < grid; blk++) {
+    memset(smem, 0xff, bytes);
+    memset(smem + bytes, 0xab, 1024);
+    fibers.assign(threads, Fiber());
+    warps.assign(threads / 32, Warp());
+    b_arrived = 0;
+    b_gen = 0;
+    memset(bars, 0, sizeof bars);
+    for (int i = 0; i < threads; i++) make(&fibers[i].ctx, stacks + SS * i, SS, entry);
+    int left = threads;
+    std::vector<int> ord(threads / 32);
+    for (size_t i = 0; i < ord.size(); i++) ord[i] = i;
+    while (left) {
+      std::shuffle(ord.begin(), ord.end(), rng);
+      left = 0;
+      for (int w : ord) {
+        int burst = 1 + rng() % 40;
+        for (int b = 0; b < burst; b++)
+          for (int l = 0; l < 32; l++) {
+            cur = w * 32 + l;
+            if (!fibers[cur].done) jump(&main_ctx, &fibers[cur].ctx);
+          }
+      }
+      for (auto& f : fibers) left += !f.done;
+    }
+    for (int i = 0; i < 1024; i++)
+      if (smem[bytes + i] != 0xab) {
+        printf("shared memory overrun at %d\n", i);
+        abort();
+      }
+  }
+}
+}  // namespace emu
