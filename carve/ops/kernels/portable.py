@@ -10,7 +10,7 @@ In Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same 
 
 import contextlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ContextManager, List  # noqa: UP035
 
 import torch
@@ -24,6 +24,7 @@ STEP, LARGEST = 16, 256  # K and V are multiples of STEP up to LARGEST
 RANK = 64  # largest R
 LONGEST = 2**30  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
 BLOCK, FIELDS = 16, 3  # as in triton_forward.py
+ROOM = 160 * 1024  # bytes of shared memory with which loads can run ahead of their use
 RUN = 64  # blocks whose share of the projections' gradients one program adds up
 LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -43,8 +44,8 @@ class Launch:
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "prepare": {32: Launch(1), 64: Launch(2), 128: Launch(8), 256: Launch(8)},
     "gated": {32: Launch(1, 2), 64: Launch(4, 2, 64), 128: Launch(4, 2, 64), 256: Launch(8, 1, 64)},
-    "content": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(16, 1)},
-    "reverse": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(16, 1)},
+    "content": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
+    "reverse": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
     "gradients": {32: Launch(1, 1, 32), 64: Launch(4, 1, 64), 128: Launch(8, 1, 64), 256: Launch(8, 1, 32)},
 }
 
@@ -83,6 +84,14 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
 def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
     """Nothing: Triton compiles a kernel when it is first launched, and keeps it on disk."""
     return None
+
+
+def shared_room(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return ROOM
+    properties: Any = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def pad(size: int) -> int:
@@ -131,7 +140,12 @@ class Plan:
 
     def options(self, name: str) -> Launch:
         sizes = LAUNCHES[name]
-        return sizes[next(size for size in sizes if max(self.BK, self.BV) <= size)]
+        how = sizes[next(size for size in sizes if max(self.BK, self.BV) <= size)]
+        tile = min(how.tile, self.BV)
+        # loads may not run ahead of the stores of a state that lies in memory, nor where there is no room for them
+        in_memory = tile < self.BV and name in ("content", "reverse")
+        one = in_memory or self.low == torch.float32 or shared_room(self.x.v.device) < ROOM
+        return replace(how, tile=tile, num_stages=1 if one else how.num_stages)
 
     def scratch(self, *shape: int, wide: bool = False) -> Tensor:
         """`[slots, HV, *shape]`, unwritten."""
@@ -182,17 +196,18 @@ def run_blocks(
     from carve.ops.kernels import triton_forward
 
     x, how = plan.x, plan.options("gated" if gated else "content")
-    tile = min(plan.BV, how.tile) if gated else plan.BV
+    if plan.BV > how.tile and not gated and outputs[1] is None:  # where the kernel keeps its state
+        outputs[1:4] = [x.g.new_empty(shape) for shape in x.state_shapes(plan.kind)]
     plan.launch(
         triton_forward.run_blocks,
-        x.sequences * plan.HV * -(-plan.V // tile),
+        x.sequences * plan.HV * (-(-plan.V // how.tile) if gated else 1),
         *(x.k, x.v, x.g, x.e, x.w, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
         *prepared.for_run,
         *begin,
         *outputs,
         *(top, x.rank, plan.T, plan.C),
         V=plan.V,
-        BV=tile,
+        BV=how.tile,
         GATED=gated,
         STAGES=how.num_stages,
         **plan.heads,
@@ -313,18 +328,19 @@ def backward(
     d_sums = torch.empty_like(means)
     written = [y if y.numel() else None for y in (outputs[6], *outputs[9:])]
     how = plan.options("gated" if blind else "reverse")
-    tile = min(plan.BV, how.tile) if blind else plan.BV
+    if how.tile < plan.BV and not blind and memory is None:  # where the kernel keeps its state
+        written[1:] = [x.g.new_empty(shape) for shape in x.state_shapes(kind)]
     constants = {name: y for name, y in (plan.constants | plan.heads).items() if name != "H_e"}
     plan.launch(
         triton_backward.reverse_blocks,
-        x.sequences * plan.HV * -(-V // tile),
+        x.sequences * plan.HV * (-(-V // how.tile) if blind else 1),
         *(x.k, x.v, x.g, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
         *prepared.for_run,
         *(prepared.slope, states, edits, contents, means, do, d_memory, d_content, d_content_sum),
         *(d_states, d_edits, d_sums, *written),
         *(x.rank, plan.T, plan.C),
         V=V,
-        BV=tile,
+        BV=how.tile,
         STAGES=how.num_stages,
         **constants,
         num_warps=how.num_warps,
@@ -345,7 +361,7 @@ def backward(
         *(dq, dk, dv, dg, de, dw, z),
         *(scale, top, x.rank),
         V=V,
-        BV=min(plan.BV, how.tile),
+        BV=how.tile,
         STAGES=how.num_stages,
         **plan.heads,
         **plan.constants,

@@ -34,9 +34,11 @@ from carve.ops.kernels.triton_forward import (
     first_chunk,
     first_slot,
     half_decays,
+    load_down,
     load_up,
     load_write,
     norm_mean,
+    point_S,
     point_Z,
     read_memory,
     see_mean,
@@ -52,6 +54,84 @@ def strong_rows(P, kt, gt, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.
         f = half_decays(gt, level, WIDE)
         y += f * tl.dot((kt * f).to(LOW), tl.trans(across(P, level).to(LOW)), input_precision=PRECISION)
     return y
+
+
+@triton.jit
+def point_down(d_p_down, own, o_v, R, V: tl.constexpr, BR: tl.constexpr):
+    """Rows o_v of the gradient of P_down `[V, R]` in row `own`, as `[BV, BR]` pointers, and which of them hold."""
+    o_r = tl.arange(0, BR)[None, :]
+    return d_p_down + (own * V + o_v[:, None]) * R + o_r, (o_v < V)[:, None] & (o_r < R)
+
+
+@triton.jit
+def add_down(d_p_down, own, o_v, y, R, V: tl.constexpr, BR: tl.constexpr):
+    at, held = point_down(d_p_down, own, o_v, R, V, BR)
+    tl.store(at, tl.load(at, mask=held, other=0.0) + y, mask=held)
+
+
+@triton.jit
+def unpass_block(
+    dSt,
+    d_sum,
+    o_v,
+    at,
+    first,
+    count,
+    head,
+    b_q_in,
+    b_k_in,
+    b_x,
+    b_M,
+    b_T,
+    b_decay,
+    is_strong,
+    v,
+    states,
+    edits,
+    d_o,
+    d_states,
+    d_edits,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    CONTENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Columns o_v of V go back through a block. Returns the gradient of the state before it `[BV, BK]`, and if there is a
+    content their shares of dr S^T `[BK, 16]`, of v_new dr^T `[16, 16]` and of the write gates' gradient `[16]`.
+    """
+    LOW: tl.constexpr = b_x.dtype
+    rows, o_k = tl.arange(0, 16), tl.arange(0, dSt.shape[1])
+    k_held, v_held = o_k < K, o_v < V
+    o_token = first * HV * V + head * V + rows[:, None] * (HV * V) + o_v[None, :]
+    held = (rows < count)[:, None] & v_held[None, :]
+    o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+    S_held = v_held[:, None] & k_held[None, :]
+    o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
+    dt = tl.trans(tl.load(d_o + o_token, mask=held, other=0.0).to(tl.float32))
+    if CONTENT == 1:
+        dt += d_sum[:, None]
+    d_low = dt.to(LOW)
+    tl.store(d_states + o_saved, dSt.to(LOW), mask=S_held)
+    into_x = (dSt * tl.where(is_strong, 1.0, b_decay)[None, :]).to(LOW)
+    dvt = tl.dot(into_x, tl.trans(b_x), input_precision=PRECISION)
+    dvt = tl.dot(d_low, b_M, dvt, input_precision=PRECISION)
+    drt = tl.dot(dvt.to(LOW), b_T, input_precision=PRECISION)
+    dr_low = drt.to(LOW)
+    tl.store(d_edits + o_edit, tl.trans(dr_low), mask=v_held[None, :])
+    dSt *= b_decay[None, :]
+    dSt = tl.dot(d_low, b_q_in, dSt, input_precision=PRECISION)
+    dSt = tl.dot((-drt).to(LOW), b_k_in, dSt, input_precision=PRECISION)
+    rSt = tl.zeros([dSt.shape[1], 16], tl.float32)
+    rv = tl.zeros([16, 16], tl.float32)
+    da = tl.zeros([16], tl.float32)
+    if CONTENT > 0:
+        b_edit = tl.load(edits + o_edit, mask=v_held[None, :], other=0.0)
+        b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
+        rv = tl.dot(b_edit, dr_low, input_precision=PRECISION)
+        rSt = tl.dot(tl.trans(b_S), dr_low, input_precision=PRECISION)
+        da = tl.sum(drt * tl.trans(tl.load(v + o_token, mask=held, other=0.0).to(tl.float32)), 0)
+    return dSt, rSt, rv, da
 
 
 @triton.jit(do_not_specialize=["R", "length_of_all", "C"])
@@ -107,53 +187,66 @@ def reverse_blocks(
 ):
     """Writes d_states, dS^T behind each block, and d_edits, its dr, shaped like states and edits; for "mean" d_sums, what
     each chunk's content adds to the gradient of the outputs before (`[chunks, HV, V]`); d_p_down of each sequence; and, if
-    given, the gradient of the state before the first token. Memory-blind, a program has BV columns of V.
+    given, the gradient of the state before the first token.
+
+    Memory-blind, tiles of BV columns of V are programs of their own. Else a program has all of V: in registers if that is
+    one tile, else tile by tile in d_memory and d_content_sum, which then must be given.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
-    n = tl.program_id(0) // (HV * TILES)
-    head = tl.program_id(0) // TILES % HV
+    PROGRAMS: tl.constexpr = TILES if CONTENT == 0 else 1
+    LOOP: tl.constexpr = 1 if CONTENT == 0 else TILES
+    n = tl.program_id(0) // (HV * PROGRAMS)
+    head = tl.program_id(0) // PROGRAMS % HV
     own = n.to(tl.int64) * HV + head
     begin, length, position = find_sequence(bounds, positions, n, length_of_all)
     slot, chunk_slot = first_slot(begin, n, C), first_chunk(begin, n, C)
     blocks = count_blocks(length, position, C)
     LOW: tl.constexpr = x.dtype.element_ty
     rows, o_k, o_r = tl.arange(0, 16), tl.arange(0, BK), tl.arange(0, BR)
-    o_v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
-    k_held, v_held, r_held = o_k < K, o_v < V, o_r < R
-    S_held = v_held[:, None] & k_held[None, :]
+    o_v = tl.program_id(0) % PROGRAMS * BV + tl.arange(0, BV)
+    k_held, r_held = o_k < K, o_r < R
     i16 = rows[:, None] * 16 + rows[None, :]
     r, c = rows[:, None], rows[None, :]
 
     # -- gradients of the state behind the last token --
-    o_S = own * (K * V) + o_k[None, :] * V + o_v[:, None]
-    dSt = tl.zeros([BV, BK], tl.float32)
-    if d_memory_end is not None:
-        dSt = tl.load(d_memory_end + o_S, mask=S_held, other=0.0)
     if CONTENT > 0:
         last_token, last_count, last_chunk, last_start = find_block(blocks - 1, length, position, C)
         to_last = (chunk_slot + last_chunk) * HV + head
-        o_down = (head * V + o_v[:, None]) * R + o_r[None, :]
-        down_held = v_held[:, None] & r_held[None, :]
-        down = tl.load(p_down + o_down, mask=down_held, other=0.0)
-        d_down = tl.zeros([BV, BR], tl.float32)
+    for t in tl.static_range(LOOP):
+        end_v = t * BV + o_v
+        dSt = tl.zeros([BV, BK], tl.float32)
+        d_sum = tl.zeros([BV], tl.float32)
+        if d_memory_end is not None:
+            from_S, S_held = point_S(d_memory_end, own, end_v, K, V, BK)
+            dSt = tl.load(from_S, mask=S_held, other=0.0)
+        if CONTENT == 1:
+            if d_content_sum_end is not None:
+                d_sum = tl.load(d_content_sum_end + own * V + end_v, mask=end_v < V, other=0.0)
+            tl.store(d_sums + to_last * V + end_v, d_sum, mask=(end_v < V) & (blocks > 0))
+        if LOOP > 1:
+            to_S, S_held = point_S(d_memory, own, end_v, K, V, BK)
+            tl.store(to_S, dSt, mask=S_held)
+            at_down, down_held = point_down(d_p_down, own, end_v, R, V, BR)
+            tl.store(at_down, tl.zeros([BV, BR], tl.float32), mask=down_held)
+            if CONTENT == 1:
+                tl.store(d_content_sum + own * V + end_v, d_sum, mask=end_v < V)
     if CONTENT == 1:
         d_seen = tl.zeros([BR], tl.float32)
-        d_sum = tl.zeros([BV], tl.float32)
         if d_content_end is not None:
             d_seen = tl.load(d_content_end + own * R + o_r, mask=r_held, other=0.0)
-        if d_content_sum_end is not None:
-            d_sum = tl.load(d_content_sum_end + own * V + o_v, mask=v_held, other=0.0)
         d_erase = tl.zeros([BK], tl.float32)
         d_write = tl.sum(d_seen * 0.0, 0)
         seen = tl.load(contents + to_last * R + o_r, mask=r_held & (blocks > 0), other=0.0)
-        tl.store(d_sums + to_last * V + o_v, d_sum, mask=v_held & (blocks > 0))
     if CONTENT == 2:
         dZ = tl.zeros([BK, BR], tl.float32)
         if d_content_end is not None:
             from_end, end_held = point_Z(d_content_end, own, R, K, BK, BR)
             dZ = tl.load(from_end, mask=end_held, other=0.0)
         from_Z, Z_held = point_Z(contents, to_last, R, K, BK, BR)
-        Z = tl.load(from_Z, mask=Z_held & (blocks > 0), other=0.0)
+        Z_low = tl.load(from_Z, mask=Z_held & (blocks > 0), other=0.0).to(LOW)
+    if CONTENT > 0 and LOOP == 1:
+        down = load_down(p_down, head, o_v, R, V, BR)
+        d_down = tl.zeros([BV, BR], tl.float32)
 
     for back in tl.range(0, blocks, num_stages=STAGES):
         i = blocks - 1 - back
@@ -164,37 +257,43 @@ def reverse_blocks(
         b_k_in = tl.load(k_in + o_16K, mask=k_held[None, :], other=0.0)
         b_q_in = tl.load(q_in + o_16K, mask=k_held[None, :], other=0.0)
         b_decay = tl.load(decay + at * K + o_k, mask=k_held, other=1.0)
-        b_M = tl.load(M + at * 256 + i16)
-        b_T = tl.load(T + at * 256 + i16)
+        b_M = tl.load(M + at * 256 + i16).to(LOW)
+        b_T = tl.load(T + at * 256 + i16).to(LOW)
         is_strong = tl.load(strong + at) != 0
-        o_token = (begin + token) * HV * V + head * V + rows[:, None] * (HV * V) + o_v[None, :]
-        held = (rows < count)[:, None] & v_held[None, :]
-        dt = tl.trans(tl.load(d_o + o_token, mask=held, other=0.0).to(tl.float32))
-        if CONTENT == 1:
-            dt += d_sum[:, None]
-        d_low = dt.to(LOW)
 
         # -- back through the block --
-        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
-        tl.store(d_states + o_saved, dSt.to(LOW), mask=S_held)
-        into_x = (dSt * tl.where(is_strong, 1.0, b_decay)[None, :]).to(LOW)
-        dvt = tl.dot(into_x, tl.trans(b_x), input_precision=PRECISION)
-        dvt = tl.dot(d_low, b_M.to(LOW), dvt, input_precision=PRECISION)
-        drt = tl.dot(dvt.to(LOW), b_T.to(LOW), input_precision=PRECISION)
-        dr_low = drt.to(LOW)
-        o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
-        tl.store(d_edits + o_edit, tl.trans(dr_low), mask=v_held[None, :])
-        dSt *= b_decay[None, :]
-        dSt = tl.dot(d_low, b_q_in, dSt, input_precision=PRECISION)
-        dSt = tl.dot((-drt).to(LOW), b_k_in, dSt, input_precision=PRECISION)
+        if LOOP == 1:
+            dSt, rSt, rv, da = unpass_block(
+                *(dSt, d_sum, o_v, at, begin + token, count, head),
+                *(b_q_in, b_k_in, b_x, b_M, b_T, b_decay, is_strong),
+                *(v, states, edits, d_o, d_states, d_edits, HV, K, V, CONTENT, PRECISION),
+            )
+        else:
+            rSt = tl.zeros([BK, 16], tl.float32)
+            rv = tl.zeros([16, 16], tl.float32)
+            da = tl.zeros([16], tl.float32)
+            for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                t_v = tile * BV + o_v
+                at_S, tile_held = point_S(d_memory, own, t_v, K, V, BK)
+                t_sum = d_sum
+                if CONTENT == 1:
+                    t_sum = tl.load(d_content_sum + own * V + t_v, mask=t_v < V, other=0.0)
+                dS_next, t_rSt, t_rv, t_da = unpass_block(
+                    *(tl.load(at_S, mask=tile_held, other=0.0), t_sum, t_v, at, begin + token, count, head),
+                    *(b_q_in, b_k_in, b_x, b_M, b_T, b_decay, is_strong),
+                    *(v, states, edits, d_o, d_states, d_edits, HV, K, V, CONTENT, PRECISION),
+                )
+                tl.store(at_S, dS_next, mask=tile_held)
+                rSt += t_rSt
+                rv += t_rv
+                da += t_da
+            tl.debug_barrier()
 
         if CONTENT > 0:
             # -- gradients of the gates' logits --
-            b_edit = tl.load(edits + o_edit, mask=v_held[None, :], other=0.0)
-            b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
             b_slope = tl.load(slope + o_16K, mask=k_held[None, :], other=0.0)
-            dAt = tl.where(r < c, -tl.dot(b_edit, dr_low, input_precision=PRECISION), 0.0)
-            dbt = tl.dot(tl.trans(b_S), (-drt).to(LOW), input_precision=PRECISION)
+            dAt = tl.where(r < c, -rv, 0.0)
+            dbt = -rSt
             o_key = (begin + token) * H * K + head // (HV // H) * K + rows[:, None] * (H * K) + o_k[None, :]
             k_mask = (rows < count)[:, None] & k_held[None, :]
             if is_strong:
@@ -206,10 +305,8 @@ def reverse_blocks(
             else:
                 dbt = tl.dot(tl.trans(b_x), dAt.to(LOW), dbt, input_precision=PRECISION)
             d_logits = dbt * tl.trans(b_slope.to(tl.float32))
-            if p_write is not None:
-                b_a = tl.load(a + at * 16 + rows)
-                vt = tl.trans(tl.load(v + o_token, mask=held, other=0.0).to(tl.float32))
-                d_write_logits = tl.sum(drt * vt, 0) * b_a * (1 - b_a)
+            b_a = tl.load(a + at * 16 + rows)
+            d_write_logits = da * b_a * (1 - b_a)
 
             if CONTENT == 1:
                 d_erase += tl.sum(d_logits, 1)
@@ -229,15 +326,25 @@ def reverse_blocks(
                     d_write = d_write * 0.0
                     if chunk > 0:
                         before = (chunk_slot + chunk - 1) * HV + head
-                        mean = tl.load(means + before * V + o_v, mask=v_held, other=0.0)
-                        d_down += mean[:, None] * d_seen[None, :]
-                        d_sum = tl.sum(down * d_seen[None, :], 1) / C
-                        tl.store(d_sums + before * V + o_v, d_sum, mask=v_held)
+                        if LOOP == 1:
+                            mean = tl.load(means + before * V + o_v, mask=o_v < V, other=0.0)
+                            d_down += mean[:, None] * d_seen[None, :]
+                            d_sum = tl.sum(down * d_seen[None, :], 1) / C
+                            tl.store(d_sums + before * V + o_v, d_sum, mask=o_v < V)
+                        else:
+                            for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                                t_v = tile * BV + o_v
+                                mean = tl.load(means + before * V + t_v, mask=t_v < V, other=0.0)
+                                add_down(d_p_down, own, t_v, mean[:, None] * d_seen[None, :], R, V, BR)
+                                t_sum = tl.sum(load_down(p_down, head, t_v, R, V, BR) * d_seen[None, :], 1) / C
+                                tl.store(d_sums + before * V + t_v, t_sum, mask=t_v < V)
+                                tl.store(d_content_sum + own * V + t_v, t_sum, mask=t_v < V)
+                            tl.debug_barrier()
                         d_seen = d_seen * 0.0
                         seen = tl.load(contents + before * R + o_r, mask=r_held, other=0.0)
             else:
                 b_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(LOW)
-                zt, roots = read_memory(b_k, Z, R, RMS, PRECISION)
+                zt, roots = read_memory(b_k, Z_low, R, RMS, PRECISION)
                 dzt = zt * 0.0
                 if p_up is not None:
                     up = load_up(p_up, head, R, K, BK, BR).to(LOW)
@@ -250,23 +357,42 @@ def reverse_blocks(
                 dZ = tl.dot(tl.trans(b_k), tl.trans(dzt.to(LOW)), dZ, input_precision=PRECISION)
                 if (token == start) & (chunk > 0):
                     dZ_low = dZ.to(LOW)
-                    d_down = tl.dot(b_S, dZ_low, d_down, input_precision=PRECISION)
-                    dSt = tl.dot(down.to(LOW), tl.trans(dZ_low), dSt, input_precision=PRECISION)
+                    if LOOP == 1:
+                        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+                        b_S = tl.load(states + o_saved, mask=(o_v < V)[:, None] & k_held[None, :], other=0.0)
+                        d_down = tl.dot(b_S, dZ_low, d_down, input_precision=PRECISION)
+                        dSt = tl.dot(down.to(LOW), tl.trans(dZ_low), dSt, input_precision=PRECISION)
+                    else:
+                        for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                            t_v = tile * BV + o_v
+                            o_saved = at * (V * K) + t_v[:, None] * K + o_k[None, :]
+                            b_S = tl.load(states + o_saved, mask=(t_v < V)[:, None] & k_held[None, :], other=0.0)
+                            t_down = tl.dot(b_S, dZ_low, input_precision=PRECISION)
+                            add_down(d_p_down, own, t_v, t_down, R, V, BR)
+                            at_S, tile_held = point_S(d_memory, own, t_v, K, V, BK)
+                            down_low = load_down(p_down, head, t_v, R, V, BR).to(LOW)
+                            dS_read = tl.dot(down_low, tl.trans(dZ_low), input_precision=PRECISION)
+                            tl.store(at_S, tl.load(at_S, mask=tile_held, other=0.0) + dS_read, mask=tile_held)
+                        tl.debug_barrier()
                     dZ = dZ * 0.0
                     from_next, next_held = point_Z(contents, (chunk_slot + chunk - 1) * HV + head, R, K, BK, BR)
-                    Z = tl.load(from_next, mask=next_held, other=0.0)
+                    Z_low = tl.load(from_next, mask=next_held, other=0.0).to(LOW)
 
     # -- gradients of the state before the first token, and of P_down --
-    if CONTENT > 0:
-        tl.store(d_p_down + n.to(tl.int64) * (HV * V * R) + o_down, d_down, mask=down_held)
+    if CONTENT > 0 and LOOP == 1:
+        at_first, first_held = point_down(d_p_down, own, o_v, R, V, BR)
+        tl.store(at_first, d_down, mask=first_held)
     if d_memory is not None:
-        tl.store(d_memory + o_S, dSt, mask=S_held)
+        if LOOP == 1:
+            to_first, S_first_held = point_S(d_memory, own, o_v, K, V, BK)
+            tl.store(to_first, dSt, mask=S_first_held)
+            if CONTENT == 1:
+                tl.store(d_content_sum + own * V + o_v, d_sum, mask=o_v < V)
         if CONTENT == 1:
             tl.store(d_content + own * R + o_r, d_seen, mask=r_held)
-            tl.store(d_content_sum + own * V + o_v, d_sum, mask=v_held)
         if CONTENT == 2:
-            to_end, begin_held = point_Z(d_content, own, R, K, BK, BR)
-            tl.store(to_end, dZ, mask=begin_held)
+            to_Z, to_Z_held = point_Z(d_content, own, R, K, BK, BR)
+            tl.store(to_Z, dZ, mask=to_Z_held)
 
 
 @triton.jit(do_not_specialize=["R"])

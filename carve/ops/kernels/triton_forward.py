@@ -352,6 +352,76 @@ def prepare(
     tl.store(k_in + o_16K, b_k_in.to(LOW), mask=columns)
 
 
+@triton.jit
+def pass_block(
+    St,
+    o_v,
+    at,
+    first,
+    count,
+    head,
+    b_k_in,
+    b_x,
+    b_T,
+    b_a,
+    b_decay,
+    is_strong,
+    q_in,
+    M,
+    v,
+    o,
+    states,
+    edits,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state `[BV, BK]`, of columns o_v of V, behind a block that begins at token `first`; and sums of its outputs."""
+    LOW: tl.constexpr = b_x.dtype
+    rows, o_k = tl.arange(0, 16), tl.arange(0, St.shape[1])
+    k_held, v_held = o_k < K, o_v < V
+    o_token = first * HV * V + head * V + rows[:, None] * (HV * V) + o_v[None, :]
+    held = (rows < count)[:, None] & v_held[None, :]
+    b_v = tl.load(v + o_token, mask=held, other=0.0)
+    S_low = St.to(LOW)
+    vt = tl.trans(b_v.to(tl.float32) * b_a[:, None])
+    vt -= tl.dot(S_low, tl.trans(b_k_in), input_precision=PRECISION)
+    vt_new = tl.dot(vt.to(LOW), tl.trans(b_T), input_precision=PRECISION).to(LOW)
+    if states is not None:
+        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+        tl.store(states + o_saved, S_low, mask=v_held[:, None] & k_held[None, :])
+        o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
+        tl.store(edits + o_edit, tl.trans(vt_new), mask=v_held[None, :])
+    sums = tl.zeros([St.shape[0]], tl.float32)
+    if o is not None:
+        o_16K = at * (16 * K) + rows[:, None] * K + o_k[None, :]
+        b_q_in = tl.load(q_in + o_16K, mask=k_held[None, :], other=0.0)
+        b_M = tl.load(M + at * 256 + rows[:, None] * 16 + rows[None, :]).to(LOW)
+        ot = tl.dot(S_low, tl.trans(b_q_in), input_precision=PRECISION)
+        ot = tl.dot(vt_new, tl.trans(b_M), ot, input_precision=PRECISION)
+        tl.store(o + o_token, tl.trans(ot).to(o.dtype.element_ty), mask=held)
+        sums = tl.sum(ot, 1)
+    St *= tl.where(is_strong, b_decay, 1.0)[None, :]
+    St = tl.dot(vt_new, b_x, St, input_precision=PRECISION)
+    St *= tl.where(is_strong, 1.0, b_decay)[None, :]
+    return St, sums
+
+
+@triton.jit
+def point_S(states, own, o_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
+    """Columns o_v of V of the state `[K, V]` in row `own`, as `[BV, BK]` pointers, and which of them hold."""
+    o_k = tl.arange(0, BK)[None, :]
+    return states + own * (K * V) + o_k * V + o_v[:, None], (o_v < V)[:, None] & (o_k < K)
+
+
+@triton.jit
+def load_down(p_down, head, o_v, R, V: tl.constexpr, BR: tl.constexpr):
+    """Rows o_v of P_down of a head, `[BV, BR]`."""
+    o_r = tl.arange(0, BR)[None, :]
+    return tl.load(p_down + (head * V + o_v[:, None]) * R + o_r, mask=(o_v < V)[:, None] & (o_r < R), other=0.0)
+
+
 @triton.jit(do_not_specialize=["R", "length_of_all", "C"])
 def run_blocks(
     k,
@@ -403,7 +473,10 @@ def run_blocks(
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The state through the blocks of a sequence, for one value head; GATED: for BV columns of V, gates prepared.
+    """The state through the blocks of a sequence, for one value head.
+
+    GATED, with all gates known, tiles of BV columns of V are programs of their own. Without, a program has all of V: in
+    registers if that is one tile, else tile by tile in memory_end and content_sum_end, which then must be given.
 
     Reads what `prepare` wrote, the inputs, and the state before the first token (None for zeros). Writes those that are
     given of: o; the state behind the last token, a full chunk not yet closed; contents, what the gates of each chunk see
@@ -411,30 +484,39 @@ def run_blocks(
     S^T before each block (`[slots, HV, V, K]`), and edits, its v_new (`[slots, HV, 16, V]`).
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
-    n = tl.program_id(0) // (HV * TILES)
-    head = tl.program_id(0) // TILES % HV
+    PROGRAMS: tl.constexpr = TILES if GATED else 1
+    LOOP: tl.constexpr = 1 if GATED else TILES
+    n = tl.program_id(0) // (HV * PROGRAMS)
+    head = tl.program_id(0) // PROGRAMS % HV
     own = n.to(tl.int64) * HV + head
     begin, length, position = find_sequence(bounds, positions, n, length_of_all)
     slot, chunk_slot = first_slot(begin, n, C), first_chunk(begin, n, C)
     blocks = count_blocks(length, position, C)
     LOW: tl.constexpr = x.dtype.element_ty
     rows, o_k, o_r = tl.arange(0, 16), tl.arange(0, BK), tl.arange(0, BR)
-    o_v = tl.program_id(0) % TILES * BV + tl.arange(0, BV)
-    k_held, v_held, r_held = o_k < K, o_v < V, o_r < R
+    o_v = tl.program_id(0) % PROGRAMS * BV + tl.arange(0, BV)
+    k_held, r_held = o_k < K, o_r < R
     i16 = rows[:, None] * 16 + rows[None, :]
 
     # -- the state before the first token --
-    o_S = own * (K * V) + o_k[None, :] * V + o_v[:, None]
-    if memory is None:
+    for t in tl.static_range(LOOP):
+        begin_v = t * BV + o_v
         St = tl.zeros([BV, BK], tl.float32)
-    else:
-        St = tl.load(memory + o_S, mask=v_held[:, None] & k_held[None, :], other=0.0)
+        if memory is not None:
+            from_S, S_held = point_S(memory, own, begin_v, K, V, BK)
+            St = tl.load(from_S, mask=S_held, other=0.0)
+        total = tl.zeros([BV], tl.float32)
+        if CONTENT == 1 and content is not None:
+            total = tl.load(content_sum + own * V + begin_v, mask=begin_v < V, other=0.0)
+        if LOOP > 1:
+            to_S, S_held = point_S(memory_end, own, begin_v, K, V, BK)
+            tl.store(to_S, St, mask=S_held)
+            if CONTENT == 1:
+                tl.store(content_sum_end + own * V + begin_v, total, mask=begin_v < V)
     if CONTENT == 1:
         seen = tl.zeros([BR], tl.float32)
-        total = tl.zeros([BV], tl.float32)
         if content is not None:
             seen = tl.load(content + own * R + o_r, mask=r_held, other=0.0)
-            total = tl.load(content_sum + own * V + o_v, mask=v_held, other=0.0)
         if contents is not None:
             tl.store(contents + (chunk_slot * HV + head) * R + o_r, seen, mask=r_held & (blocks > 0))
         erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
@@ -450,9 +532,8 @@ def run_blocks(
             to_Z, Z_held = point_Z(contents, chunk_slot * HV + head, R, K, BK, BR)
             tl.store(to_Z, Z, mask=Z_held & (blocks > 0))
         Z_low = Z.to(LOW)
-    if CONTENT > 0:
-        o_down = (head * V + o_v[:, None]) * R + o_r[None, :]
-        down = tl.load(p_down + o_down, mask=v_held[:, None] & r_held[None, :], other=0.0)
+    if CONTENT > 0 and LOOP == 1:
+        down = load_down(p_down, head, o_v, R, V, BR)
 
     for i in tl.range(0, blocks, num_stages=STAGES):
         at = (slot + i) * HV + head
@@ -462,9 +543,6 @@ def run_blocks(
         b_k_in = tl.load(k_in + o_16K, mask=k_held[None, :], other=0.0)
         b_decay = tl.load(decay + at * K + o_k, mask=k_held, other=1.0)
         is_strong = tl.load(strong + at) != 0
-        o_token = (begin + token) * HV * V + head * V + rows[:, None] * (HV * V) + o_v[None, :]
-        held = (rows < count)[:, None] & v_held[None, :]
-        b_v = tl.load(v + o_token, mask=held, other=0.0)
 
         # -- gates, and the triangular system --
         if GATED:
@@ -490,57 +568,85 @@ def run_blocks(
                 wide_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(tl.float32)
                 o_g = (begin + token) * H_g * K + head // (HV // H_g) * K + rows[:, None] * (H_g * K) + o_k[None, :]
                 b_g = tl.maximum(tl.load(g + o_g, mask=k_mask, other=0.0), GONE)
-                A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
+                bkt, kt, gt = tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g)
+                A = strong_products(bkt, kt, gt, LOW, PRECISION, WIDE)
             else:
                 A = tl.dot(b_k_in, tl.trans(b_x), input_precision=PRECISION)
             b_T = solve(A, PRECISION).to(LOW)
 
         # -- edits, outputs, the next state --
-        S_low = St.to(LOW)
-        vt = tl.trans(b_v.to(tl.float32) * b_a[:, None])
-        vt -= tl.dot(S_low, tl.trans(b_k_in), input_precision=PRECISION)
-        vt_new = tl.dot(vt.to(LOW), tl.trans(b_T), input_precision=PRECISION).to(LOW)
-        if states is not None:
-            o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
-            tl.store(states + o_saved, S_low, mask=v_held[:, None] & k_held[None, :])
-            o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
-            tl.store(edits + o_edit, tl.trans(vt_new), mask=v_held[None, :])
-        if o is not None:
-            b_q_in = tl.load(q_in + o_16K, mask=k_held[None, :], other=0.0)
-            b_M = tl.load(M + at * 256 + i16).to(LOW)
-            ot = tl.dot(S_low, tl.trans(b_q_in), input_precision=PRECISION)
-            ot = tl.dot(vt_new, tl.trans(b_M), ot, input_precision=PRECISION)
-            tl.store(o + o_token, tl.trans(ot).to(o.dtype.element_ty), mask=held)
+        if LOOP == 1:
+            St, sums = pass_block(
+                *(St, o_v, at, begin + token, count, head, b_k_in, b_x, b_T, b_a, b_decay, is_strong),
+                *(q_in, M, v, o, states, edits, HV, K, V, PRECISION),
+            )
             if CONTENT == 1:
-                total += tl.sum(ot, 1)
-        St *= tl.where(is_strong, b_decay, 1.0)[None, :]
-        St = tl.dot(vt_new, b_x, St, input_precision=PRECISION)
-        St *= tl.where(is_strong, 1.0, b_decay)[None, :]
+                total += sums
+        else:
+            for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                t_v = tile * BV + o_v
+                at_S, tile_held = point_S(memory_end, own, t_v, K, V, BK)
+                S_next, sums = pass_block(
+                    *(tl.load(at_S, mask=tile_held, other=0.0), t_v, at, begin + token, count, head),
+                    *(b_k_in, b_x, b_T, b_a, b_decay, is_strong),
+                    *(q_in, M, v, o, states, edits, HV, K, V, PRECISION),
+                )
+                tl.store(at_S, S_next, mask=tile_held)
+                if CONTENT == 1:
+                    at_sum = content_sum_end + own * V + t_v
+                    tl.store(at_sum, tl.load(at_sum, mask=t_v < V, other=0.0) + sums, mask=t_v < V)
+            tl.debug_barrier()
 
         # -- the next chunk's content --
         if CONTENT > 0:
             if ((position + token + count) % C == 0) & (i + 1 < blocks):
                 to = (chunk_slot + chunk) * HV + head
                 if CONTENT == 1:
-                    mean = total / C
-                    seen = tl.sum(mean[:, None] * down, 0)
-                    total = tl.zeros([BV], tl.float32)
+                    if LOOP == 1:
+                        mean = total / C
+                        seen = tl.sum(mean[:, None] * down, 0)
+                        total = tl.zeros([BV], tl.float32)
+                        if contents is not None:
+                            tl.store(means + to * V + o_v, mean, mask=o_v < V)
+                    else:
+                        seen = tl.zeros([BR], tl.float32)
+                        for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                            t_v = tile * BV + o_v
+                            at_sum = content_sum_end + own * V + t_v
+                            mean = tl.load(at_sum, mask=t_v < V, other=0.0) / C
+                            seen += tl.sum(mean[:, None] * load_down(p_down, head, t_v, R, V, BR), 0)
+                            tl.store(at_sum, mean * 0.0, mask=t_v < V)
+                            if contents is not None:
+                                tl.store(means + to * V + t_v, mean, mask=t_v < V)
+                        tl.debug_barrier()
                     erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
                     if contents is not None:
-                        tl.store(means + to * V + o_v, mean, mask=v_held)
                         tl.store(contents + (to + HV) * R + o_r, seen, mask=r_held)
                 else:
-                    Z = tl.dot(tl.trans(St.to(LOW)), down.to(LOW), input_precision=PRECISION)
+                    if LOOP == 1:
+                        Z = tl.dot(tl.trans(St.to(LOW)), down.to(LOW), input_precision=PRECISION)
+                    else:
+                        Z = tl.zeros([BK, BR], tl.float32)
+                        for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
+                            t_v = tile * BV + o_v
+                            at_S, tile_held = point_S(memory_end, own, t_v, K, V, BK)
+                            S_low = tl.load(at_S, mask=tile_held, other=0.0).to(LOW)
+                            down_low = load_down(p_down, head, t_v, R, V, BR).to(LOW)
+                            Z = tl.dot(tl.trans(S_low), down_low, Z, input_precision=PRECISION)
                     Z_low = Z.to(LOW)
                     if content_end is not None:
-                        tl.store(to_end, Z, mask=end_held)
+                        to_final, final_held = point_Z(content_end, own, R, K, BK, BR)
+                        tl.store(to_final, Z, mask=final_held)
                     if contents is not None:
                         to_next, next_held = point_Z(contents, to + HV, R, K, BK, BR)
                         tl.store(to_next, Z, mask=next_held)
 
     # -- the state behind the last token --
     if memory_end is not None:
-        tl.store(memory_end + o_S, St, mask=v_held[:, None] & k_held[None, :])
+        if LOOP == 1:
+            to_S, S_held = point_S(memory_end, own, o_v, K, V, BK)
+            tl.store(to_S, St, mask=S_held)
+            if CONTENT == 1:
+                tl.store(content_sum_end + own * V + o_v, total, mask=o_v < V)
         if CONTENT == 1:
             tl.store(content_end + own * R + o_r, seen, mask=r_held)
-            tl.store(content_sum_end + own * V + o_v, total, mask=v_held)
