@@ -5,7 +5,6 @@ devices only, and those of values stand apart.
 """
 
 import functools
-import importlib
 import os
 import warnings
 from math import isfinite
@@ -23,8 +22,6 @@ from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATHS: dict[str, Any] = {"cuda": cuda}  # faster than plain torch, the fastest first
-if importlib.util.find_spec("carve.ops.kernels.portable"):
-    PATHS["triton"] = importlib.import_module("carve.ops.kernels.portable")
 
 
 class CarveGates(NamedTuple):
@@ -89,10 +86,9 @@ def chunk_carve(
             cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T. One on a GPU is read once,
             which waits for the GPU, or never where nothing can be read (`torch.compile`, capture of a CUDA graph):
             there boundaries that do not fit end the process with an assertion on the device.
-        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"triton"` for
-            portable ones, `"torch"`, or `"auto"` for the fastest of the three that serves the inputs. On a GPU
-            "auto" warns, once a reason, where that is not the first; the environment variable CARVE_STRICT=1 makes
-            it an error.
+        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"torch"`,
+            or `"auto"` for the faster one that serves the inputs. On a GPU "auto" warns, once a reason, where that is
+            torch; the environment variable CARVE_STRICT=1 makes it an error.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state or None.
