@@ -1,6 +1,7 @@
 // In place of primitives.cuh, to run the kernels on a CPU (x86-64): every GPU thread is a fiber, warps take turns in random
-// order, and what the threads of a warp or a block do together is a rendezvous.  Shared memory begins as garbage, and
-// writing beyond its end, unaligned operands and threads that do not arrive together end the process.
+// order, and what the threads of a warp, a program or a cluster do together is a rendezvous.  Shared memory begins as
+// garbage, and writing beyond its end, unaligned operands, threads that do not arrive together and reaching into a program
+// that has ended end the process.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +15,7 @@
 #define KERNEL static
 #define __restrict__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned char byte;
@@ -85,8 +87,11 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 static int cur = -1, blk = 0;
 static Context main_ctx;
-static byte* smem;
 static int nthreads;
+static byte* first_smem;  // of the cluster's first program
+static size_t smem_stride;
+static int program() { return cur / nthreads; }  // of the cluster
+static byte* smem_of(int program) { return first_smem + program * smem_stride; }
 struct Warp {
   int arrived = 0;
   long gen = 0;
@@ -98,9 +103,27 @@ struct Warp {
   u32 out[32][4];
 };
 static std::vector<Warp> warps;
-static int b_arrived;
-static long b_gen;
-static int b_line;
+struct Meeting {
+  int arrived = 0;
+  long gen = 0;
+  int n = 0;
+};
+static std::vector<Meeting> meetings;  // of each program's threads, then of the cluster's
+static void yield();
+static void meet(Meeting& m, int n) {
+  if (m.arrived == 0)
+    m.n = n;
+  else if (m.n != n) {
+    printf("barrier counts differ\n");
+    abort();
+  }
+  long gen = m.gen;
+  if (++m.arrived == n) {
+    m.arrived = 0;
+    m.gen++;
+  } else
+    while (m.gen == gen) yield();
+}
 static void yield() { jump(&fibers[cur].ctx, &main_ctx); }
 template <class F>
 void warp_op(const char* what, F finish) {
@@ -126,18 +149,10 @@ static float rb(u32 x) {
   return f;
 }
 }  // namespace emu
-static int thread_index() { return emu::cur; }
-static int block_index() { return emu::blk; }
-static byte* shared_memory() { return emu::smem; }
-static void sync() {
-  using namespace emu;
-  long gen = b_gen;
-  if (++b_arrived == nthreads) {
-    b_arrived = 0;
-    b_gen++;
-  } else
-    while (b_gen == gen) yield();
-}
+static int thread_index() { return emu::cur % emu::nthreads; }
+static int block_index() { return emu::blk + emu::program(); }
+static byte* shared_memory() { return emu::smem_of(emu::program()); }
+static void sync() { emu::meet(emu::meetings[emu::program()], emu::nthreads); }
 static void warp_sync() {
   emu::warp_op("sync", [](emu::Warp&) {});
 }
@@ -207,7 +222,7 @@ static void ldm(u32 (&x)[4], const void* row, bool tr) {
     printf("unaligned ldmatrix\n");
     abort();
   }
-  if ((byte*)row < smem || (byte*)row >= smem + 300000) {
+  if ((byte*)row < smem_of(program()) || (byte*)row >= smem_of(program()) + 300000) {
     printf("ldmatrix outside\n");
     abort();
   }
@@ -230,10 +245,10 @@ static void ldm(u32 (&x)[4], const void* row, bool tr) {
   for (int m = 0; m < 4; m++) x[m] = w.out[l][m];
   warp_op("ldm2", [](Warp&) {});
 }
-static u32 shared_address(const void* p) { return (u32)((byte*)p - emu::smem); }
+static u32 shared_address(const void* p) { return (u32)((byte*)p - shared_memory()); }
 static void fetch_into_cache(const void*) {}
-static void load_quarters(u32 (&x)[4], u32 row) { ldm(x, emu::smem + row, false); }
-static void load_quarters_transposed(u32 (&x)[4], u32 row) { ldm(x, emu::smem + row, true); }
+static void load_quarters(u32 (&x)[4], u32 row) { ldm(x, shared_memory() + row, false); }
+static void load_quarters_transposed(u32 (&x)[4], u32 row) { ldm(x, shared_memory() + row, true); }
 static u32 transpose_quarter(u32 x) {
   using namespace emu;
   int l = cur & 31;
@@ -286,7 +301,7 @@ static void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   warp_op("mma2", [](Warp&) {});
 }
 static void chk(void* to, int n) {
-  if ((byte*)to < emu::smem || (uintptr_t)to % n) {
+  if ((byte*)to < shared_memory() || (uintptr_t)to % n) {
     printf("bad copy\n");
     abort();
   }
@@ -334,31 +349,15 @@ static void wait_for_copies_but_last() {
   }
 }
 namespace emu {
-static struct {
-  int arrived;
-  long gen;
-  int n;
-} bars[16];
-}  // namespace emu
+static std::vector<Meeting> bars;  // 16 of each program
+}
 static void barrier(int id, int n) {
   using namespace emu;
   if (id < 1 || id > 15 || n % 32) {
     printf("bad barrier\n");
     abort();
   }
-  auto& b = bars[id];
-  if (b.arrived == 0)
-    b.n = n;
-  else if (b.n != n) {
-    printf("barrier counts differ\n");
-    abort();
-  }
-  long gen = b.gen;
-  if (++b.arrived == n) {
-    b.arrived = 0;
-    b.gen++;
-  } else
-    while (bars[id].gen == gen) yield();
+  meet(bars[16 * program() + id], n);
 }
 struct alignas(8) Signal {
   short n, pending;
@@ -378,6 +377,22 @@ static void arrive(Signal* s) {
     s->phase ^= 1;
   }
 }
+static void sync_cluster() { emu::meet(emu::meetings.back(), emu::fibers.size()); }
+namespace emu {
+template <class X>
+X* of_program(const X* p, int rank) {
+  bool ended = true;
+  for (int i = 0; i < nthreads; i++) ended = ended && fibers[rank * nthreads + i].done;
+  if (ended) {
+    printf("a program of the cluster has ended\n");
+    abort();
+  }
+  return (X*)((byte*)p - smem_of(program()) + smem_of(rank));
+}
+}  // namespace emu
+static float load_from_program(const float* p, int rank) { return *emu::of_program(p, rank); }
+static void store_into_program(float4* p, int rank, float4 x) { *emu::of_program(p, rank) = x; }
+static void arrive_at_program(Signal* s, int rank) { arrive(emu::of_program(s, rank)); }
 static int lane_anew() { return emu::cur & 31; }
 static bool has_ended(Signal* s, int phase) { return s->phase != phase; }
 static bool any_lane(bool x) {
@@ -398,11 +413,12 @@ static bool all_lanes(bool x) { return !any_lane(!x); }
 static int uniform(int x) { return x; }
 static void store_shared(u32 a, u32 x) {
   if (a % 4 || a > 300000) abort();
-  *(u32*)(emu::smem + a) = x;
+  *(u32*)(shared_memory() + a) = x;
 }
 static void wait(Signal* s, int phase) {
   while (s->phase == phase) emu::yield();
 }
+static void wait_for_cluster(Signal* s, int phase) { wait(s, phase); }
 namespace emu {
 static void (*entry_fn)(void**);
 static void** entry_args;
@@ -425,32 +441,35 @@ template <auto fn>
 static void call(void** a) {
   call2<fn>(fn, a);
 }
-static void run(void (*f)(void**), int grid, int threads, int bytes, void** args, int seed) {
+static void run(void (*f)(void**), int grid, int threads, int programs, int bytes, void** args, int seed) {
   entry_fn = f;
   entry_args = args;
   nthreads = threads;
   std::mt19937 rng(seed);
   const size_t SS = 1 << 16;
+  const int all = threads * programs;  // of a cluster
   static char* stacks = nullptr;
   static int cap = 0;
-  if (cap < threads) {
+  if (cap < all) {
     free(stacks);
-    stacks = (char*)aligned_alloc(4096, SS * threads);
-    cap = threads;
+    stacks = (char*)aligned_alloc(4096, SS * all);
+    cap = all;
   }
-  std::vector<byte> mem(bytes + 1024 + 4096, 0xff);
-  smem = (byte*)(((uintptr_t)mem.data() + 1023) / 1024 * 1024);
-  for (blk = 0; blk < grid; blk++) {
-    memset(smem, 0xff, bytes);
-    memset(smem + bytes, 0xab, 1024);
-    fibers.assign(threads, Fiber());
-    warps.assign(threads / 32, Warp());
-    b_arrived = 0;
-    b_gen = 0;
-    memset(bars, 0, sizeof bars);
-    for (int i = 0; i < threads; i++) make(&fibers[i].ctx, stacks + SS * i, SS, entry);
-    int left = threads;
-    std::vector<int> ord(threads / 32);
+  smem_stride = (bytes + 1024 + 4096) / 1024 * 1024;
+  std::vector<byte> mem(programs * smem_stride + 1024, 0xff);
+  first_smem = (byte*)(((uintptr_t)mem.data() + 1023) / 1024 * 1024);
+  for (blk = 0; blk < grid; blk += programs) {
+    for (int i = 0; i < programs; i++) {
+      memset(smem_of(i), 0xff, bytes);
+      memset(smem_of(i) + bytes, 0xab, 1024);
+    }
+    fibers.assign(all, Fiber());
+    warps.assign(all / 32, Warp());
+    meetings.assign(programs + 1, Meeting());
+    bars.assign(16 * programs, Meeting());
+    for (int i = 0; i < all; i++) make(&fibers[i].ctx, stacks + SS * i, SS, entry);
+    int left = all;
+    std::vector<int> ord(all / 32);
     for (size_t i = 0; i < ord.size(); i++) ord[i] = i;
     while (left) {
       std::shuffle(ord.begin(), ord.end(), rng);
@@ -465,11 +484,12 @@ static void run(void (*f)(void**), int grid, int threads, int bytes, void** args
       }
       for (auto& f : fibers) left += !f.done;
     }
-    for (int i = 0; i < 1024; i++)
-      if (smem[bytes + i] != 0xab) {
-        printf("shared memory overrun at %d\n", i);
-        abort();
-      }
+    for (int n = 0; n < programs; n++)
+      for (int i = 0; i < 1024; i++)
+        if (smem_of(n)[bytes + i] != 0xab) {
+          printf("shared memory overrun at %d\n", i);
+          abort();
+        }
   }
 }
 }  // namespace emu

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 ENTRY = """
 extern "C" int shared_bytes() {{ return SHARED_BYTES; }}
 extern "C" void launch(int programs, void** arguments, int seed) {{
-  emu::run(emu::call<carve_{name}>, programs, THREADS, SHARED_BYTES, arguments, seed);
+  emu::run(emu::call<carve_{name}>, programs, THREADS, SPLIT, SHARED_BYTES, arguments, seed);
 }}
 """
 
@@ -71,6 +71,7 @@ def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "why_not", why_not)
     monkeypatch.setattr(cuda, "build", lambda *_: None)
     monkeypatch.setattr(cuda, "forward_tile", lambda *_: 64)
+    monkeypatch.setattr(cuda, "programs_of_head", lambda K, V, *_: 2 if K == V == 128 else 1)
 
 
 @pytest.mark.parametrize("content", [None, "mean", "read"])
@@ -85,3 +86,8 @@ def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_as_exact(case: dict[str, Any], content: str | None) -> None:
     assert_as_exact(draw(**case, K=64, V=64, content=content, device="cpu"))
+
+
+@pytest.mark.parametrize("content", [None, "mean", "read"])
+def test_two_programs_share_a_head(content: str | None) -> None:
+    assert_as_exact(draw([0, 1, 17, 130, 70], H=1, R=7, started=True, C=32, content=content, device="cpu"))

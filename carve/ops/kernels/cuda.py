@@ -30,24 +30,29 @@ CONTENTS = {"blind": 0, "mean": 1, "read": 2}
 # -- what the kernels serve, and how they are launched --
 
 
-def shared_bytes(name: str, K: int, V: int, tile: int, content: str) -> int:
-    """Shared memory of a program; the kernels check that it is enough."""
+def shared_bytes(name: str, K: int, V: int, tile: int, content: str, split: int = 1) -> int:
+    """Shared memory of a program, one of `split` that share a head; the kernels check that it is enough."""
+    V //= split
     wide = {"blind": 0, "mean": 64 * (V + K), "read": 32 * (V + 2 * K)}[content]  # projections and Z
     narrow = wide if content == "read" else 0
     small = 4 * (4 * RANK + K + tile) + tile // 4 * K + 8 * tile + 64 + 3 * 256
     if name == "forward":
         slot = -(-(164 * K + 32 * V + 580) // 256) * 256  # for a block of 16 tokens
-        seen = {"blind": 0, "mean": 64 * (V + K) + 256, "read": 32 * V + 64 * K}[content]
+        seen = {"blind": 0, "mean": 64 * (V + K) + 512 * split, "read": 32 * V + 64 * K}[content]
+        if split > 1:
+            seen += 4096 + (128 * K if content == "read" else 0)  # four more warps; to hand over a share of Z
         return tile // 8 * (slot + 16) + 96 * tile + 4 * K + 336 + seen
     if name == "reverse":
-        content_rows = 64 * tile if content == "read" else 0
-        sums = 4 * (V + K + 16) + 12 * RANK + 4 * tile * (1 + V // 16)
-        return tile * (12 * K + 6 * V + 128) + content_rows + sums + wide + small
+        prepared = 2048 + 4 * K + (1088 if content == "read" else 0)
+        slot = 160 * K + 64 * V + (max(prepared, 32 * K) if content == "read" else prepared) + 132
+        seen = {"blind": 0, "mean": 64 * K + 10 * split**2 * V, "read": 32 * K + 16 * V + 8192 * (split - 1)}[content]
+        room = {128: 99, 192: 163, 256: 227}[K + split * V] * 1024  # of a program, where the shape is served
+        return min(-(-(seen + 200) // 256) * 256 + 8 * (-(-slot // 256) * 256), room)
     return tile * (16 * K + 6 * V + 64 + 128 + V // 4) + narrow + small
 
 
-def threads(name: str, K: int, V: int) -> int:
-    return {"forward": 256, "gradients": 4 * K}.get(name, 2 * V)
+def threads(name: str, K: int, V: int, split: int) -> int:
+    return {"forward": 256 if split == 1 else 384, "reverse": 2 * V + 128, "gradients": 4 * K}[name]
 
 
 class Device(NamedTuple):
@@ -56,6 +61,7 @@ class Device(NamedTuple):
     name: str
     capability: tuple[int, int]
     shared_room: int  # bytes of shared memory that a program can have
+    processors: int
     no_compiler: str | None  # why there is none
 
 
@@ -63,7 +69,14 @@ class Device(NamedTuple):
 def facts(device: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(device)
     room = properties.shared_memory_per_block_optin
-    return Device(properties.name, (properties.major, properties.minor), room, compiler.why_not(device))
+    capability = properties.major, properties.minor
+    return Device(properties.name, capability, room, properties.multi_processor_count, compiler.why_not(device))
+
+
+def programs_of_head(K: int, V: int, heads: int, device: torch.device) -> int:
+    """How many programs share a value head: two where `heads`, of all sequences, leave half of the device idle."""
+    gpu = facts(device.index or 0)
+    return 2 if K == V == 128 and gpu.capability >= (9, 0) and 2 * heads <= gpu.processors else 1
 
 
 def forward_tile(K: int, V: int, content: str, device: torch.device) -> int:
@@ -130,17 +143,18 @@ class Inputs(NamedTuple):
 
 @functools.cache
 def variant(
-    name: str, K: int, V: int, tile: int, dtype: torch.dtype, content: str, rms: bool
+    name: str, K: int, V: int, split: int, tile: int, dtype: torch.dtype, content: str, rms: bool
 ) -> tuple[int, compiler.Constants]:
     """Bytes of shared memory of a program, and the constants that the kernel is compiled with."""
-    size = shared_bytes(name, K, V, tile, content)
-    values = {"K": K, "V": V, "TILE": tile, "INPUT": INPUTS[dtype], "CONTENT": CONTENTS[content]}
-    values |= {"RMS": int(rms), "SHARED": size, "THREADS": threads(name, K, V)}
+    size = shared_bytes(name, K, V, tile, content, split)
+    values = {"K": K, "V": V, "SPLIT": split, "TILE": tile, "INPUT": INPUTS[dtype], "CONTENT": CONTENTS[content]}
+    values |= {"RMS": int(rms), "SHARED": size, "THREADS": threads(name, K, V, split)}
     return size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
 
 
 def run(
     name: str,
+    split: int,
     tile: int,
     x: Inputs,
     more: list[Tensor | None],
@@ -154,32 +168,40 @@ def run(
 ) -> None:
     """Launch a kernel on x, its further tensors and its own numbers, in order; an empty tensor is passed as null."""
     (H, K), (HV, V) = x.q.shape[2:], x.v.shape[2:]
-    size, constants = variant(name, K, V, tile, x.v.dtype, content, rms)
+    size, constants = variant(name, K, V, split, tile, x.v.dtype, content, rms)
     assert all(y is None or y.is_contiguous() for y in (*x, *more))
     pointers = [0 if y is None or not y.numel() else y.data_ptr() for y in (*x, *more)]
     numbers = (*numbers, H, HV, x.g.shape[2], x.e.shape[2], x.rank or 1, x.v.shape[1], chunk_size)
     arguments = [*pointers, ctypes.c_float(scale), ctypes.c_float(top), *map(ctypes.c_int, numbers)]
     if programs:
-        compiler.launch(name, x.v.device, constants, programs, threads(name, K, V), size, arguments)
+        compiler.launch(name, x.v.device, constants, programs, threads(name, K, V, split), size, arguments)
 
 
 def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
     """Compile what these inputs need, unless it is done; why that failed, with the compiler's log, else None."""
     names = ("forward", "reverse", "gradients") if needs_gradient([*x, *p, *(state or ())]) else ("forward",)
     sizes = SIZES.index(x.q.shape[-1]), SIZES.index(x.v.shape[-1])
-    return build_kernels(names, x.v.device, sizes, x.v.dtype, options.content or "blind", options.content_norm == "rms")
+    split = programs_of_head(x.q.shape[-1], x.v.shape[-1], x.v.shape[0] * x.v.shape[2], x.v.device)
+    content, rms = options.content or "blind", options.content_norm == "rms"
+    return build_kernels(names, x.v.device, sizes, split, x.v.dtype, content, rms)
 
 
 @compiler.constant
 def build_kernels(
-    names: tuple[str, ...], device: torch.device, sizes: tuple[int, int], dtype: torch.dtype, content: str, rms: bool
+    names: tuple[str, ...],
+    device: torch.device,
+    sizes: tuple[int, int],
+    split: int,
+    dtype: torch.dtype,
+    content: str,
+    rms: bool,
 ) -> str | None:
     """sizes: of K and V, as places in `SIZES`: `torch.compile` may not know the numbers."""
     K, V = (SIZES[i] for i in sizes)
     try:
         for name in names:
             tile = forward_tile(K, V, content, device) if name == "forward" else SAVE
-            size, constants = variant(name, K, V, tile, dtype, content, rms)
+            size, constants = variant(name, K, V, 1 if name == "gradients" else split, tile, dtype, content, rms)
             compiler.load(name, device.index or 0, constants, size)
     except RuntimeError as error:
         return str(error)
@@ -221,8 +243,10 @@ def forward(
     x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
     outputs = allocate(x, kind, chunk_size, final, save)
     tile = forward_tile(q.shape[3], v.shape[3], kind, v.device)
-    programs = x.sequences * v.shape[2]
-    run("forward", tile, x, [memory, content, content_sum, *outputs], kind, rms, chunk_size, scale, top, programs)
+    heads = x.sequences * v.shape[2]
+    split = programs_of_head(q.shape[3], v.shape[3], heads, v.device)
+    more = [memory, content, content_sum, *outputs]
+    run("forward", split, tile, x, more, kind, rms, chunk_size, scale, top, split * heads)
     return tuple(outputs)  # type: ignore[return-value]
 
 
@@ -297,14 +321,17 @@ def backward(
     (HV, V), K, chunks = v.shape[2:], q.shape[3], slots(x, chunk_size)
     d_states = allocate_states(x, chunk_size)
     passed = x.g.new_empty(chunks if kind == "mean" else 0, HV, V + K + 4)
-    d_contents = x.g.new_zeros(chunks if kind == "mean" else 0, HV, RANK + K + 4)
+    split = programs_of_head(K, V, x.sequences * HV, v.device)
+    d_contents = x.g.new_zeros(chunks if kind == "mean" else 0, HV, split, RANK + K + 4)
     d_z = x.v.new_empty(slots(x, chunk_size, 16) if kind == "read" else 0, HV, 128, dtype=torch.int32)
     left = [*d_states, passed, d_z]
     ends = [do, d_memory, d_content, d_content_sum]
     options = (kind, rms, chunk_size, scale, top)
-    run("reverse", SAVE, x, [*saved[:3], *ends, *left, d_contents, *outputs[6:]], *options, x.sequences * HV)
+    more = [*saved[:3], *ends, *left, d_contents, *outputs[6:]]
+    run("reverse", split, SAVE, x, more, *options, split * x.sequences * HV)
     run(
         "gradients",
+        1,
         SAVE,
         x,
         [*saved[:3], do, *left, *outputs[:6]],
@@ -315,7 +342,7 @@ def backward(
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
     projections = [dy.sum(0) if dy.numel() else dy for dy in outputs[6:9]]
     if kind == "mean":
-        projections = differentiate_projections(x, rms, saved[2], saved[3], d_contents)
+        projections = differentiate_projections(x, rms, saved[2], saved[3], d_contents.sum(2))
     return [*heads, outputs[5], *projections, *outputs[9:]]
 
 

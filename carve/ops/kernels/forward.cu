@@ -4,7 +4,8 @@
 // content; state warps hold the state, V / 4 of its rows each, and do the rest.  Blocks of 16 tokens pass from one kind
 // to the other through a ring of slots in shared memory, so that copies and preparation are a tile ahead.  There are
 // only four state warps, with many registers, as the speed of shared memory is the limit: the more rows a warp has,
-// the less often keys and queries are read.
+// the less often keys and queries are read.  Where two programs share a head, a warp has few rows, and what counts is the
+// time from a chunk to the next: four more warps then help with the gates.
 //
 // Keys enter the products as they leave: with x = k exp -G, and D the block's decay,
 //
@@ -13,32 +14,37 @@
 // A strong block, where exp -G may overflow, halves its tokens again and again instead: the decay between a token of
 // the upper and one of the lower half splits at the half's border into two factors of at most 1.
 
-constexpr int STATE_WARPS = 4, STATE_THREADS = 32 * STATE_WARPS;
-constexpr int PREPARERS = 4;                             // preparing warps
-constexpr int PROGRAM = STATE_THREADS + 32 * PREPARERS;  // threads
+constexpr int STATE_WARPS = 4, PREPARERS = 4;            // warps that hold the state; preparing warps
+constexpr int GATE_WARPS = SPLIT > 1 ? 8 : STATE_WARPS;  // warps that open the gates, the state warps first
+constexpr int GATE_THREADS = 32 * GATE_WARPS, PROGRAM = GATE_THREADS + 32 * PREPARERS;
 constexpr int STRIPS = ROWS / STATE_WARPS;               // strips of 16 rows of S^T that a state warp holds
 constexpr int OWN = K / 32;                              // columns of a block that a lane of a preparing warp has
 constexpr int RING = 2 * BLOCKS;                         // slots
-constexpr int PARTS = STATE_WARPS / BLOCKS;              // state warps that share a block's gates, by columns
+constexpr int PARTS = GATE_WARPS / BLOCKS;               // warps that share a block's gates, by columns
+constexpr bool EARLY = MEAN && SPLIT > 1;                // exponentials of erase logits by the preparing warps
 
-// A slot.  q_in lies over q, b k exp G over e, x and k exp G over g; outputs over v.  Strong blocks: G over g, keys for
+// A slot.  q_in lies over q, b k exp G over e (E if EARLY), x and k exp G over g; outputs over v.  Strong blocks: G over g, keys for
 // the state over k.
 constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2;
 constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_K_IN = O_G + K_ROWS;
 constexpr int O_V = O_G + 2 * K_ROWS, O_M = O_V + V_ROWS, O_DECAY = O_M + BLOCK * BLOCK * 2, O_A = O_DECAY + K * 4;
 constexpr int O_STRONG = O_A + BLOCK * 4, SLOT = (O_STRONG + 4 + 255) / 256 * 256;
 
-constexpr int SHARES = PARTS > 1 ? PARTS - 1 : 1, PROJECTION = MEAN || READ ? RANK * K * 2 : 0;
+constexpr int PROJECTION = MEAN ? RANK * K * 4 : READ ? RANK * K * 2 : 0;
 constexpr int O_T = RING * SLOT, O_ONES = O_T + TILE * 32, O_SIGNALS = O_ONES + K * 4;
+constexpr int ADDENDS = SPLIT * STATE_WARPS;             // of the mean's projection: one of each state warp of the head
 constexpr int O_WRITE = O_SIGNALS + 16 * RING + 16, O_RAW = O_WRITE + RANK * 4;
-constexpr int O_DOWN = (O_RAW + (MEAN ? STATE_WARPS * RANK * 4 : 0) + 255) / 256 * 256;
-constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0), O_REST = O_UP + PROJECTION;
-constexpr int O_SHARES = O_REST + PROJECTION, SHARED_BYTES = O_SHARES + BLOCKS * SHARES * 1024;
+constexpr int MET = MEAN ? 2 * ADDENDS * RANK * 4 : READ && SPLIT > 1 ? 2 * RANK * K * 4 : 0;
+constexpr int O_DOWN = (O_RAW + MET + 255) / 256 * 256;
+constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0), O_Z = O_UP + PROJECTION;
+constexpr int O_SCRATCH = O_Z + (READ ? PROJECTION : 0);  // SCRATCH bytes a gate warp
+constexpr int SCRATCH = 1024, SHARED_BYTES = O_SCRATCH + GATE_WARPS * SCRATCH;
 
+static_assert(SPLIT <= 2, "two programs add up what each of them has to the same bits, more would need an order");
 static_assert(PROGRAM == THREADS, "carve/ops/kernels/cuda.py says how many threads a program has");
 static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
 
-DEVICE void sync_state_warps() { barrier(1, STATE_THREADS); }
+DEVICE void sync_gate_warps() { barrier(1, GATE_THREADS); }
 
 // The right operand of a product: quarters upper left, upper right, lower left, lower right, which saves the moves that
 // the tensor cores' order of registers takes otherwise.
@@ -112,7 +118,7 @@ struct Slot {
 
   DEVICE Matrix<K> q() const { return {base + O_Q}; }        // q, then scale q exp G
   DEVICE Matrix<K> k() const { return {base + O_K}; }        // k; strong: then k exp(G_16 - G)
-  DEVICE Matrix<K> e() const { return {base + O_E}; }        // erase logits, then b k exp G
+  DEVICE Matrix<K> e() const { return {base + O_E}; }        // erase logits, or E, then b k exp G
   DEVICE Matrix<K> x() const { return {base + O_G}; }        // k exp -G
   DEVICE Matrix<K> k_in() const { return {base + O_K_IN}; }  // k exp G
   DEVICE Matrix<V> v() const { return {base + O_V}; }        // values, then outputs
@@ -274,8 +280,21 @@ DEVICE void set_own_pairs(Matrix<K> x, int row, const float (&y)[OWN]) {
   *(Pairs*)x.at(row, OWN * lane()) = pairs;
 }
 
-// Turns a block's inputs into what does not depend on the content, by one warp; a lane has OWN columns.
+// Turns a block's inputs into what does not depend on the content, by one warp; a lane has OWN columns.  EARLY: as one
+// shift x serves all tokens, an erase gate is 1 / (1 + E exp(-x)), and E = exp(-e) takes its logit's place.
 DEVICE void prepare_block(Slot slot, float scale) {
+  if constexpr (EARLY)
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) {
+      const Pairs e = own_pairs(slot.e(), t);
+      float E[OWN];
+#pragma unroll
+      for (int c = 0; c < OWN; c += 2) {
+        const float2 y = unpack<Input>(e.x[c / 2]);
+        E[c] = exp2_(-LOG2_E * y.x), E[c + 1] = exp2_(-LOG2_E * y.y);
+      }
+      set_own_pairs(slot.e(), t, E);
+    }
   const auto g = [&](int t) -> Floats& { return (Floats&)slot.G(t, OWN * lane()); };
   Floats G[BLOCK];
   float lowest = 0;
@@ -341,75 +360,87 @@ DEVICE void prepare_block(Slot slot, float scale) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Gates, by the state warps
+// Gates
 // ---------------------------------------------------------------------------------------------------------------------
 
 // What the gates of a block see of the content.
 struct Seen {
   Matrix<V> down;   // P_down^T [RANK, V] ("read")
   float* wide_down; // P_down / C [V, RANK] ("mean")
-  Matrix<K> up;     // P_up [RANK, K], in bf16
-  Matrix<K> rest;   // P_up less that ("mean"); Z^T = (S_c P_down)^T [RANK, K] ("read")
-  float* raw;       // m_c P_down in STATE_WARPS addends, [STATE_WARPS, RANK] ("mean")
+  Matrix<K> up;     // P_up [RANK, K] ("read")
+  float* wide_up;   // the same ("mean")
+  Matrix<K> Z;      // (S_c P_down)^T [RANK, K] ("read")
+  float* raw;       // m_c P_down in addends, [2 (chunks in turns), ADDENDS, RANK] ("mean")
   float* write;     // p_write [RANK]
   float part_of_R;  // 1 / R
 };
 
 DEVICE void load_seen(
-    const Seen& seen, const float* p_down, const float* p_up, const float* p_write, int head, int R, int C) {
+    const Seen& seen, const float* p_down, const float* p_up, const float* p_write, int head, int part, int R, int C) {
   const int thread = thread_index();
   if constexpr (READ)
-    for (int i = thread; i < RANK * V / 2; i += STATE_THREADS) {
+    for (int i = thread; i < RANK * V / 2; i += GATE_THREADS) {
       const int r = i / (V / 2), v = 2 * (i % (V / 2));
-      const float* p = p_down + ((i64)head * V + v) * R + r;
+      const float* p = p_down + ((i64)part * V + v) * R + r;
       seen.down.pair(r, v) = r < R ? pack<Bf16>(p[0], p[R]) : 0;
     }
   if constexpr (MEAN)
-    for (int i = thread; i < V * RANK; i += STATE_THREADS) {
+    for (int i = thread; i < V * RANK; i += GATE_THREADS) {
       const int v = i / RANK, r = i % RANK;
-      seen.wide_down[i] = r < R ? p_down[((i64)head * V + v) * R + r] / C : 0;
+      seen.wide_down[i] = r < R ? p_down[((i64)part * V + v) * R + r] / C : 0;
     }
   if constexpr (MEAN || READ) {
-    for (int i = thread; i < RANK * K / 2; i += STATE_THREADS) {
+    for (int i = thread; i < RANK * K / 2; i += GATE_THREADS) {
       const int r = i / (K / 2), k = 2 * (i % (K / 2));
       const float* p = p_up + ((i64)head * R + r) * K + k;
       const float2 x = r < R && p_up ? make_float2(p[0], p[1]) : make_float2(0, 0);
-      const u32 rounded = pack<Bf16>(x.x, x.y);
-      seen.up.pair(r, k) = rounded;
-      if constexpr (MEAN) {
-        const float2 y = unpack<Bf16>(rounded);
-        seen.rest.pair(r, k) = pack<Bf16>(x.x - y.x, x.y - y.y);
-      }
+      if constexpr (MEAN) *(float2*)(seen.wide_up + r * K + k) = x;
+      else seen.up.pair(r, k) = pack<Bf16>(x.x, x.y);
     }
     if (thread < RANK) seen.write[thread] = thread < R && p_write ? p_write[(i64)head * R + thread] : 0;
   }
 }
 
-// z of a block's tokens [16 tokens, RANK]: the content after its norm.
+// "mean": the shifts of a warp's columns, part `share` of all, times -log2(e), or exp(-shift) if EARLY; returns the shift
+// of the write gates.
+DEVICE float hear(const Seen& seen, int chunk, int share, float* shifts) {
+  float z = 0;  // number lane % RANK of the content after its norm
+  for (int i = 0; i < ADDENDS; ++i) z += seen.raw[(chunk % 2 * ADDENDS + i) * RANK + lane() % RANK];
+  float squares = z * z;
+#pragma unroll
+  for (int mask = 1; mask < RANK; mask *= 2) squares += shuffle_xor(squares, mask);
+  if constexpr (RMS) z *= reciprocal_root(squares * seen.part_of_R + 1e-8f);
+  constexpr int EACH = K / PARTS / 32;
+  const float* up = seen.wide_up + share * (K / PARTS) + lane();
+  float shift[EACH] = {}, write = z * seen.write[lane() % RANK];
+#pragma unroll
+  for (int r = 0; r < RANK; ++r) {
+    const float z_r = shuffle(z, r);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) shift[i] += z_r * up[r * K + 32 * i];
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const float x = -LOG2_E * shift[i];  // a factor is kept off 0 and infinity: those are for logits
+    shifts[32 * i + lane()] = EARLY ? exp2_(fminf(fmaxf(x, -100.0f), 100.0f)) : x;
+  }
+#pragma unroll
+  for (int mask = 1; mask < RANK; mask *= 2) write += shuffle_xor(write, mask);
+  warp_sync();
+  return write;
+}
+
+// "read": z of a block's tokens [16 tokens, RANK]: the content after its norm.
 DEVICE Sums see(const Seen& seen, Slot slot) {
-  Sums z = zeros();
-  if constexpr (MEAN) {
+  Sums z = zeros(), odd = zeros();
+  const u32 left = shared_address(slot.k().base) + lane_left<K>();
+  const u32 right = shared_address(seen.Z.base) + lane_right<K>();
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
-#pragma unroll
-      for (int w = 0; w < STATE_WARPS; ++w) {
-        const float2 x = *(float2*)(seen.raw + w * RANK + 8 * t + quad_column());
-        z.x[t][0] += x.x, z.x[t][1] += x.y;
-      }
-#pragma unroll
-    for (int t = 0; t < 2; ++t) z.x[t][2] = z.x[t][0], z.x[t][3] = z.x[t][1];
+  for (int n = 0; n < COLUMNS; n += 2) {
+    multiply(z, to_bf16<Input>(load_left(left ^ 32 * n)), load_right(right ^ 32 * n));
+    multiply(odd, to_bf16<Input>(load_left(left ^ 32 * n + 32)), load_right(right ^ 32 * n + 32));
   }
-  if constexpr (READ) {
-    const u32 left = shared_address(slot.k().base) + lane_left<K>();
-    const u32 right = shared_address(seen.rest.base) + lane_right<K>();
-    Sums odd = zeros();
-#pragma unroll
-    for (int n = 0; n < COLUMNS; n += 2) {
-      multiply(z, to_bf16<Input>(load_left(left ^ 32 * n)), load_right(right ^ 32 * n));
-      multiply(odd, to_bf16<Input>(load_left(left ^ 32 * n + 32)), load_right(right ^ 32 * n + 32));
-    }
-    add(z, odd);
-  }
+  add(z, odd);
   if constexpr (RMS)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -423,12 +454,12 @@ DEVICE Sums see(const Seen& seen, Slot slot) {
   return z;
 }
 
-// Write gates of a block.
-DEVICE void open_write_gates(const Seen& seen, const Sums& z, Slot slot, bool has_w) {
+// Write gates of a block; shift: of all of them; z ("read"): of each token.
+DEVICE void open_write_gates(const Seen& seen, const Sums& z, float shift, Slot slot, bool has_w) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float shift = 0;
-    if constexpr (MEAN || READ) {
+    if constexpr (READ) {
+      shift = 0;
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const float2 write = *(float2*)(seen.write + 8 * t + quad_column());
@@ -442,38 +473,34 @@ DEVICE void open_write_gates(const Seen& seen, const Sums& z, Slot slot, bool ha
 }
 
 // Erase gates, and the keys behind them, of one part of a block's columns; returns this part's addend of A.
-DEVICE Sums open_erase_gates(const Seen& seen, const Sums& z, Slot slot, int part, float top) {
-  // sigmoid(x) = 1 / (1 + 2^y), with y = -log2(e) x
-  const Sums y_z = scaled(z, -LOG2_E);
-  const Operand z_rounded = round_to_bf16(y_z);
-  Operand z_rest;
-  if constexpr (MEAN) {
-    Sums rest = widen<Bf16>(z_rounded);
-    for_each(rest, [&](float& x, int i, int j) { x = y_z.x[j >> 3][2 * (i >> 3) + (j & 1)] - x; });
-    z_rest = round_to_bf16(rest);
-  }
+DEVICE Sums open_erase_gates(
+    const Seen& seen, const Sums& z, const float* shifts, Slot slot, int part, float top) {
+  const Operand z_rounded = round_to_bf16(scaled(z, -LOG2_E));
   const u32 base = shared_address(slot.base), left = base + lane_left<K>(), right = base + lane_right<K>();
   const u32 pairs = base + O_E + lane_pair();
+  const int first = part * (COLUMNS / PARTS);
   const u32 projection = shared_address(seen.up.base) + lane_left<K>();
+  const float share = reciprocal(top);
   const auto gates = [&](int n) {  // of the 16 columns from 16 n on
-    Sums y = zeros();
-    if constexpr (MEAN || READ) {
-      const Right up = load_right_transposed(projection ^ 32 * n);
-      multiply(y, z_rounded, up);
-      if constexpr (MEAN) {  // the shift is one for the whole chunk: as exact as in fp32
-        multiply(y, z_rest, up);
-        multiply(y, z_rounded, load_right_transposed((projection ^ 32 * n) + (O_REST - O_UP)));
+    Sums y = zeros();  // sigmoid(x) = 1 / (1 + 2^y), with y = -log2(e) x
+    if constexpr (READ) multiply(y, z_rounded, load_right_transposed(projection ^ 32 * n));
+    if constexpr (MEAN)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const float2 shift = *(const float2*)(shifts + 16 * (n - first) + 8 * t + quad_column());
+        y.x[t][0] = y.x[t][2] = shift.x, y.x[t][1] = y.x[t][3] = shift.y;
       }
-    }
-    const Sums e = widen<Input>(load_left((left ^ 32 * n) + O_E));
-    const float share = 1 / top;
+    const Operand raw = load_left((left ^ 32 * n) + O_E);
+    const Sums e = EARLY ? widen<Bf16>(raw) : widen<Input>(raw);
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y.x[t][i] = reciprocal(share + share * exp2_(y.x[t][i] - LOG2_E * e.x[t][i]));
+      for (int i = 0; i < 4; ++i) {
+        float& x = y.x[t][i];
+        x = reciprocal(share + share * (EARLY ? x * e.x[t][i] : exp2_(x - LOG2_E * e.x[t][i])));
+      }
     return y;
   };
-  const int first = part * (COLUMNS / PARTS);
   if (slot.strong()) {
     Sums levels[4] = {zeros(), zeros(), zeros(), zeros()};
 #pragma unroll 1
@@ -531,17 +558,17 @@ DEVICE void decay_keys(Slot slot, int part) {
   }
 }
 
-// T of a block, transposed, from this warp's and the other parts' addends of A; `shares` is overwritten.
-DEVICE void solve_block(Sums A, byte* shares, Matrix<16> T) {
+// T of a block, transposed, from this warp's addend of A and those in the scratch of the other parts' warps.
+DEVICE void solve_block(Sums A, byte* scratch, Matrix<16> T) {
 #pragma unroll
   for (int part = 1; part < PARTS; ++part)
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const float4 x = ((const float4*)(shares + (part - 1) * 1024))[t * 32 + lane()];
+      const float4 x = ((const float4*)(scratch + part * (BLOCKS * SCRATCH)))[t * 32 + lane()];
       A.x[t][0] += x.x, A.x[t][1] += x.y, A.x[t][2] += x.z, A.x[t][3] += x.w;
     }
   warp_sync();
-  float* columns = (float*)shares;  // of A
+  float* columns = (float*)scratch;  // of A
   for_each(A, [&](float& x, int i, int j) { columns[j * 16 + i] = i > j ? x : 0; });
   warp_sync();
   // forward substitution in fp32; lane c, and c + 16, has column c of T
@@ -572,20 +599,22 @@ DEVICE void solve_block(Sums A, byte* shares, Matrix<16> T) {
 
 typedef State Strips[STRIPS];
 
-// memory is [K, V], fp32; zeros if null.  strip: which 16 rows of S^T
+// memory is this program's columns of [K, SPLIT V], fp32; zeros if null.  strip: which 16 rows of S^T
 DEVICE State load_strip(const float* memory, int strip) {
   State S;
 #pragma unroll
   for (int m = 0; m < COLUMNS; ++m)
     for_each(S.x[m], [&](float& x, int row, int column) {
-      x = memory ? memory[(16 * m + column) * V + 16 * strip + row] : 0;
+      x = memory ? memory[(16 * m + column) * (SPLIT * V) + 16 * strip + row] : 0;
     });
   return S;
 }
 DEVICE void store_strip(float* memory, State& S, int strip) {
 #pragma unroll
   for (int m = 0; m < COLUMNS; ++m)
-    for_each(S.x[m], [&](float& x, int row, int column) { memory[(16 * m + column) * V + 16 * strip + row] = x; });
+    for_each(S.x[m], [&](float& x, int row, int column) {
+      memory[(16 * m + column) * (SPLIT * V) + 16 * strip + row] = x;
+    });
 }
 
 DEVICE void decay_state(Strips& S, const float* decay) {
@@ -605,7 +634,7 @@ DEVICE void decay_state(Strips& S, const float* decay) {
 
 // Inputs and outputs are contiguous, shapes as in carve/ops/api.py.  May be null: w, p_up, p_write, bounds, positions,
 // the initial state (memory, content, content_sum) and everything behind o.
-KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
+KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
     const void* q, const void* k, const void* v, const float* g, const void* e, const float* w, const float* p_down,
     const float* p_up, const float* p_write, const i64* bounds, const i64* positions, const float* memory,
     const float* content, const float* content_sum, void* o, float* memory_end, float* content_end,
@@ -613,22 +642,24 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
     int HV, int H_g, int H_e, int R, int T, int C) {
   byte* shared = shared_memory();
   const int warp_index = uniform(warp());
-  const int n = block_index() / HV, head = block_index() % HV, thread = thread_index();
+  const int parts = HV * SPLIT, n = block_index() / parts, part = block_index() % parts;  // of all heads' values
+  const int head = part / SPLIT, rank = part % SPLIT, thread = thread_index();
   const Sequence sequence(bounds, positions, n, T, C);
   Ring ring = {shared, 0, 0};
-  Signal* heard = ring.free() + RING;  // "mean": the next chunk's content is there
+  Signal* heard = ring.free() + RING;  // what the next chunk's gates see is there
   if (thread == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(ring.full() + i, 1);
       set_up(ring.free() + i, STATE_WARPS);
     }
-    set_up(heard, STATE_WARPS);
+    set_up(heard, MEAN ? ADDENDS : SPLIT * GATE_WARPS);
   }
   for (int i = thread; i < K; i += PROGRAM) ((float*)(shared + O_ONES))[i] = 1;
-  sync();
+  if constexpr (SPLIT > 1) sync_cluster();
+  else sync();
 
   // -- preparing warps: each takes every PREPARERS-th block --
-  if (warp_index >= STATE_WARPS) {
+  if (warp_index >= GATE_WARPS) {
     const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
     const auto copy = [&](const Cursor& at) {
       const Slot slot = at.ring.at(0);
@@ -638,12 +669,12 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
       copy_block<K>(slot.base + O_K, k, token, count, H, key_head);
       copy_block<K>(slot.base + O_Q, q, token, count, H, key_head);
       copy_block<K>(slot.base + O_E, e, token, count, H_e, e_head);
-      copy_block<V>(slot.base + O_V, v, token, count, HV, head);
+      copy_block<V>(slot.base + O_V, v, token, count, parts, part);
       if (w && t < BLOCK) copy_4_bytes(slot.a() + t, w + (token + t) * HV + head, t < count);
       close_copies();
     };
     Cursor at = {0, sequence.last(0), 0, ring};  // block to prepare
-    at.skip(sequence, warp_index - STATE_WARPS);
+    at.skip(sequence, warp_index - GATE_WARPS);
     Cursor next = at;  // block to copy
     int copied = 0;    // blocks, not prepared yet
     while (at.valid(sequence)) {
@@ -669,34 +700,36 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
     return;
   }
 
-  // -- state warps: the state before the first token --
-  const i64 own = (i64)n * HV + head;
-  const Seen seen = {{shared + O_DOWN}, (float*)(shared + O_DOWN), {shared + O_UP}, {shared + O_REST},
-                     (float*)(shared + O_RAW), (float*)(shared + O_WRITE), 1.0f / R};
+  // -- state warps, and those that help with the gates: the state before the first token --
+  const bool holds_state = warp_index < STATE_WARPS;
+  const i64 own = (i64)n * HV + head, own_part = own * SPLIT + rank, own_memory = own * (K * SPLIT * V) + rank * V;
+  const Seen seen = {{shared + O_DOWN}, (float*)(shared + O_DOWN), {shared + O_UP}, (float*)(shared + O_UP),
+                     {shared + O_Z}, (float*)(shared + O_RAW), (float*)(shared + O_WRITE), 1.0f / R};
   const int first_strip = STRIPS * warp_index;
   Strips S;
 #pragma unroll
-  for (int i = 0; i < STRIPS; ++i) S[i] = load_strip(memory ? memory + own * K * V : nullptr, first_strip + i);
-  load_seen(seen, p_down, p_up, p_write, head, R, C);
+  for (int i = 0; i < STRIPS; ++i) S[i] = load_strip(memory && holds_state ? memory + own_memory : nullptr, first_strip + i);
+  load_seen(seen, p_down, p_up, p_write, head, part, R, C);
   float sums[STRIPS][2];  // of this chunk's outputs, two rows of a strip; the four lanes of a row have an addend each
   const auto row = [&](int strip) { return 16 * (first_strip + strip) + (lane_anew() >> 2); };
 #pragma unroll
   for (int i = 0; i < STRIPS; ++i) {
-    const bool begun = MEAN && content_sum && (lane() & 3) == 0;
-    sums[i][0] = begun ? content_sum[own * V + row(i)] : 0, sums[i][1] = begun ? content_sum[own * V + row(i) + 8] : 0;
+    const bool begun = MEAN && content_sum && holds_state && (lane() & 3) == 0;
+    sums[i][0] = begun ? content_sum[own_part * V + row(i)] : 0;
+    sums[i][1] = begun ? content_sum[own_part * V + row(i) + 8] : 0;
   }
   if constexpr (MEAN)
-    for (int i = thread; i < STATE_WARPS * RANK; i += STATE_THREADS)
+    for (int i = thread; i < ADDENDS * RANK; i += GATE_THREADS)
       seen.raw[i] = content && i < R ? content[own * R + i] : 0;
   if constexpr (READ)
-    for (int i = thread; i < RANK * K / 2; i += STATE_THREADS) {
+    for (int i = thread; i < RANK * K / 2; i += GATE_THREADS) {
       const int r = i / (K / 2), column = 2 * (i % (K / 2));
       const float* z = content + (own * K + column) * R + r;
-      seen.rest.pair(r, column) = content && r < R ? pack<Bf16>(z[0], z[R]) : 0;
+      seen.Z.pair(r, column) = content && r < R ? pack<Bf16>(z[0], z[R]) : 0;
     }
-  const auto raw_content = [&] {  // "mean": number thread % RANK of m_c P_down
+  const auto raw_content = [&](int chunk) {  // "mean": number thread % RANK of m_c P_down
     float x = 0;
-    for (int i = 0; i < STATE_WARPS; ++i) x += seen.raw[i * RANK + thread % RANK];
+    for (int i = 0; i < ADDENDS; ++i) x += seen.raw[(chunk % 2 * ADDENDS + i) * RANK + thread % RANK];
     return x;
   };
   // in a slot: this lane's row of its warp's values, and its piece of the outputs; in a [16, 16] matrix: operands' rows
@@ -705,18 +738,21 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
   const int o_piece = (int)(Slot{0}.v().at(row_of_lane, column_of_lane) - (byte*)0);
   const u32 small_left = (u32)(Matrix<16>{0}.at(lane() & 15, 8 * (lane() >> 4)) - (byte*)0);
   const u32 small_right = (u32)(Matrix<16>{0}.at((lane() & 7) + 8 * (lane() >> 4), lane() & 8) - (byte*)0);
-  byte* o_of_lane = (byte*)o + (((sequence.begin + row_of_lane) * HV + head) * V + column_of_lane) * 2;
-  sync_state_warps();
+  byte* o_of_lane = (byte*)o + (((sequence.begin + row_of_lane) * parts + part) * V + column_of_lane) * 2;
+  sync_gate_warps();
 
   for (int chunk = 0; chunk < sequence.chunks; ++chunk) {
-    if (MEAN && chunk > 0) wait(heard, (chunk - 1) & 1);
+    if (MEAN && chunk > 0) {
+      if constexpr (SPLIT > 1) wait_for_cluster(heard, (chunk - 1) & 1);
+      else wait(heard, (chunk - 1) & 1);
+    }
     const i64 slot_of_content = (sequence.slot + chunk) * HV + head;
-    if (contents) {
+    if (contents && rank == 0) {
       if constexpr (MEAN)
-        if (thread < RANK) contents[slot_of_content * RANK + thread] = raw_content();
+        if (thread < RANK) contents[slot_of_content * RANK + thread] = raw_content(chunk);
       if constexpr (READ)
-        for (int i = thread; i < RANK * K / 2; i += STATE_THREADS)
-          ((u32*)contents)[slot_of_content * (RANK * K / 2) + i] = ((u32*)seen.rest.base)[i];
+        for (int i = thread; i < RANK * K / 2; i += GATE_THREADS)
+          ((u32*)contents)[slot_of_content * (RANK * K / 2) + i] = ((u32*)seen.Z.base)[i];
     }
     const bool another = chunk + 1 < sequence.chunks;
     const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
@@ -724,40 +760,45 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
       const int blocks = (min(TILE, last_of_chunk - first) + BLOCK - 1) / BLOCK;
 
       // -- the gates of the tile's blocks side by side, PARTS warps a block --
-      const int block = warp_index % BLOCKS, part = warp_index / BLOCKS;
-      const bool busy = block < blocks && part < PARTS;
+      const int block = warp_index % BLOCKS, share = warp_index / BLOCKS;
+      const bool busy = block < blocks && share < PARTS;
       const Slot mine = ring.at(block);
-      byte* shares = shared + O_SHARES + block * (SHARES * 1024);
+      byte* scratch = shared + O_SCRATCH + warp_index * SCRATCH;
       Sums A;
       if (busy) {
         Ring at = ring;
         at.step(block);
         wait(at.full(), at.phase);
-        const Sums z = see(seen, mine);
-        A = open_erase_gates(seen, z, mine, part, top);
-        if (part == 0) open_write_gates(seen, z, mine, w);
-        if (part > 0)
+        Sums z = zeros();
+        float write_shift = 0;
+        if constexpr (READ) z = see(seen, mine);
+        if constexpr (MEAN) write_shift = hear(seen, chunk, share, (float*)scratch);
+        A = open_erase_gates(seen, z, (float*)scratch, mine, share, top);
+        if (share == PARTS - 1) open_write_gates(seen, z, write_shift, mine, w);
+        if (share > 0) {
+          warp_sync();
 #pragma unroll
           for (int t = 0; t < 2; ++t)
-            ((float4*)(shares + (part - 1) * 1024))[t * 32 + lane()] =
-                make_float4(A.x[t][0], A.x[t][1], A.x[t][2], A.x[t][3]);
+            ((float4*)scratch)[t * 32 + lane()] = make_float4(A.x[t][0], A.x[t][1], A.x[t][2], A.x[t][3]);
+        }
       }
-      sync_state_warps();
+      sync_gate_warps();
       if (busy) {
-        if (mine.strong()) decay_keys(mine, part);
-        if (part == 0) solve_block(A, shares, {shared + O_T + block * 512});
+        if (mine.strong()) decay_keys(mine, share);
+        if (share == 0) solve_block(A, scratch, {shared + O_T + block * 512});
       }
-      sync_state_warps();
+      sync_gate_warps();
 
       // -- the state runs through the blocks, each warp on its own --
       const bool last_tile = first + TILE >= last_of_chunk;
+      if (!holds_state) ring.step(blocks);
 #pragma unroll 1
-      for (int s = 0; s < blocks; ++s) {
+      for (int s = 0; s < blocks && holds_state; ++s) {
         const Slot slot = ring.at(0);
         const u32 base = shared_address(slot.base), right = base + lane_right<K>();
         const int token = first + BLOCK * s, token_of_chunk = token - first_of_chunk;
         if (states && token_of_chunk % SAVE == 0) {
-          const i64 at = (sequence.slot_of(chunk, token_of_chunk, SAVE) * HV + head) * ROWS + first_strip;
+          const i64 at = (sequence.slot_of(chunk, token_of_chunk, SAVE) * parts + part) * ROWS + first_strip;
           uint4* to = (uint4*)states + at * (COLUMNS * 32);
 #pragma unroll
           for (int i = 0; i < STRIPS; ++i)
@@ -765,19 +806,22 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
             for (int m = 0; m < COLUMNS; ++m) to[(i * COLUMNS + m) * 32 + lane()] = as_uint4(round_to_bf16(S[i].x[m]));
         }
         // (b k exp G) S and (scale q exp G) S, transposed: strips of [16 of V, 16 tokens]
-        Sums r[STRIPS], out[STRIPS];
+        constexpr int CHAINS = STRIPS == 1 ? 2 : 1;  // sums of every other product, as one waits for the other
+        Sums r[CHAINS * STRIPS], out[CHAINS * STRIPS];
 #pragma unroll
-        for (int i = 0; i < STRIPS; ++i) r[i] = out[i] = zeros();
+        for (int i = 0; i < CHAINS * STRIPS; ++i) r[i] = out[i] = zeros();
 #pragma unroll
         for (int m = 0; m < COLUMNS; ++m) {
           const Right bk_in = load_right((right ^ 32 * m) + O_E), q_in = load_right((right ^ 32 * m) + O_Q);
 #pragma unroll
           for (int i = 0; i < STRIPS; ++i) {
             const Operand S_in = round_to_bf16(S[i].x[m]);
-            multiply(r[i], S_in, bk_in);
-            multiply(out[i], S_in, q_in);
+            multiply(r[m % CHAINS * STRIPS + i], S_in, bk_in);
+            multiply(out[m % CHAINS * STRIPS + i], S_in, q_in);
           }
         }
+#pragma unroll
+        for (int i = STRIPS; i < CHAINS * STRIPS; ++i) add(r[i - STRIPS], r[i]), add(out[i - STRIPS], out[i]);
         const Right T_block = load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left);
         const Right M_block = load_right(base + O_M + small_right);
         const float* write_gates = slot.a() + quad_column();
@@ -800,7 +844,7 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
           v_new[i] = round_to_bf16(edit);
         }
         if (edits) {
-          const i64 at = (sequence.slot_of(chunk, token_of_chunk, BLOCK) * HV + head) * ROWS + first_strip;
+          const i64 at = (sequence.slot_of(chunk, token_of_chunk, BLOCK) * parts + part) * ROWS + first_strip;
           uint4* to = (uint4*)edits + at * 32;
 #pragma unroll
           for (int i = 0; i < STRIPS; ++i) to[i * 32 + lane()] = as_uint4(v_new[i]);
@@ -833,7 +877,6 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
           const Operand turned = transpose(y_t);
           slot.v().store(0, 16 * (first_strip + i), turned);  // to leave in pieces of 16 bytes, whole sectors a warp
         }
-        decay_state(S, decay);
         if constexpr (MEAN)  // what the next chunk's gates see
           if (another && token + BLOCK >= last_of_chunk) {
             float4 raw = make_float4(0, 0, 0, 0);
@@ -843,22 +886,31 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
               for (int j = 0; j < 2; ++j) {
                 const float sum = quad_sum(sums[i][j]);
                 sums[i][j] = 0;
-                if (means && (lane() & 3) == 0) means[slot_of_content * V + row(i) + 8 * j] = sum / C;
+                if (means && (lane() & 3) == 0) means[(slot_of_content * SPLIT + rank) * V + row(i) + 8 * j] = sum / C;
                 const float4 down = *(const float4*)(seen.wide_down + (row(i) + 8 * j) * RANK + 4 * (lane() & 3));
                 raw.x += sum * down.x, raw.y += sum * down.y, raw.z += sum * down.z, raw.w += sum * down.w;
               }
             raw = make_float4(column_sum(raw.x), column_sum(raw.y), column_sum(raw.z), column_sum(raw.w));
-            if (lane() < 4) *(float4*)(seen.raw + warp_index * RANK + 4 * lane()) = raw;
-            warp_sync();
-            if (lane() == 0) arrive(heard);
+            float4* to = (float4*)(seen.raw + ((chunk + 1) % 2 * ADDENDS + rank * STATE_WARPS + warp_index) * RANK);
+            if constexpr (SPLIT > 1) {
+              if (lane() < 4)
+                for (int i = 0; i < SPLIT; ++i) store_into_program(to + lane(), i, raw);
+              warp_sync();
+              if (lane() < SPLIT) arrive_at_program(heard, lane());
+            } else {
+              if (lane() < 4) to[lane()] = raw;
+              warp_sync();
+              if (lane() == 0) arrive(heard);
+            }
           }
         warp_sync();
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i)
           if (token + row_of_lane + 8 * i < last_of_chunk) {
             const uint4 piece = *(uint4*)(slot.base + o_piece + 8 * i * (2 * V));
-            *(uint4*)(o_of_lane + (i64)(token + 8 * i) * (HV * V * 2)) = piece;
+            *(uint4*)(o_of_lane + (i64)(token + 8 * i) * (parts * V * 2)) = piece;
           }
+        decay_state(S, decay);
         warp_sync();
         const bool needed = READ && another && last_tile && s >= blocks - V / 64;  // for what follows the chunk
         if (lane() == 0 && !needed) arrive(ring.free());
@@ -875,21 +927,21 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
         const auto half_state = [&](int half) {
           return shared_address(ring.at(RING - 1 - (in_turns ? 0 : half)).base);
         };
-        constexpr int SLABS = COLUMNS / STATE_WARPS;  // 16-column slabs of Z^T that a warp makes
+        constexpr int SLABS = COLUMNS / GATE_WARPS;  // 16-column slabs of Z^T that a warp makes
         Sums z[SLABS], odd[SLABS];
 #pragma unroll
         for (int n = 0; n < SLABS; ++n) z[n] = odd[n] = zeros();
 #pragma unroll 1
         for (int turn = 0; turn < (in_turns ? HALVES : 1); ++turn) {
-          sync_state_warps();  // none needs the slots, or what went through them in the turn before
-          if (!in_turns || first_strip / 4 == turn)
+          sync_gate_warps();  // none needs the slots, or what went through them in the turn before
+          if (holds_state && (!in_turns || first_strip / 4 == turn))
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) {
               const u32 pairs = half_state(first_strip / 4) + (first_strip + i) % 4 * (32 * K) + lane_pair();
 #pragma unroll
               for (int m = 0; m < COLUMNS; ++m) store_left(pairs ^ 32 * m, round_to_bf16(S[i].x[m]));
             }
-          sync_state_warps();
+          sync_gate_warps();
 #pragma unroll 1
           for (int half = in_turns ? turn : 0; half < (in_turns ? turn + 1 : HALVES); ++half) {
             const u32 left = shared_address(seen.down.base) + lane_left<V>();
@@ -903,39 +955,61 @@ KERNEL void __launch_bounds__(PROGRAM, 1) carve_forward(
           }
         }
 #pragma unroll
+        for (int n = 0; n < SLABS; ++n) add(z[n], odd[n]);
+        if constexpr (SPLIT > 1) {  // the other program's addend, in the order of this one's lanes
+          float4* met = (float4*)(shared + O_RAW) + (chunk % 2 * GATE_WARPS + warp_index) * (2 * SLABS * 32) + lane();
+#pragma unroll
+          for (int n = 0; n < SLABS; ++n)
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+              const float(&x)[4] = z[n].x[t];
+              store_into_program(met + (2 * n + t) * 32, rank ^ 1, make_float4(x[0], x[1], x[2], x[3]));
+            }
+          warp_sync();
+          if (lane() < SPLIT) arrive_at_program(heard, lane());
+          wait_for_cluster(heard, chunk & 1);
+#pragma unroll
+          for (int n = 0; n < SLABS; ++n)
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+              const float4 x = met[(2 * n + t) * 32];
+              z[n].x[t][0] += x.x, z[n].x[t][1] += x.y, z[n].x[t][2] += x.z, z[n].x[t][3] += x.w;
+            }
+        }
+#pragma unroll
         for (int n = 0; n < SLABS; ++n) {
-          add(z[n], odd[n]);
-          const u32 Z = (shared_address(seen.rest.base) + lane_pair()) ^ 32 * (SLABS * warp_index + n);
+          const u32 Z = (shared_address(seen.Z.base) + lane_pair()) ^ 32 * (SLABS * warp_index + n);
           store_left(Z, round_to_bf16(z[n]));
         }
-        sync_state_warps();
+        sync_gate_warps();
         for (int i = 1; i <= HALVES - in_turns; ++i) {
           Ring at = ring;
           at.step(RING - i);
-          if (lane() == 0) arrive(at.free());
+          if (lane() == 0 && holds_state) arrive(at.free());
         }
       }
   }
 
   // -- the state behind the last token; a full chunk is not closed here --
-  if (memory_end)
+  if (memory_end && holds_state)
 #pragma unroll
-    for (int i = 0; i < STRIPS; ++i) store_strip(memory_end + own * K * V, S[i], first_strip + i);
+    for (int i = 0; i < STRIPS; ++i) store_strip(memory_end + own_memory, S[i], first_strip + i);
   if constexpr (MEAN) {
-    if (content_end && thread < R) content_end[own * R + thread] = raw_content();
+    if (content_end && rank == 0 && thread < R)
+      content_end[own * R + thread] = raw_content(max(sequence.chunks, 1) - 1);
 #pragma unroll
     for (int i = 0; i < STRIPS; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float sum = quad_sum(sums[i][j]);
-        if (content_sum_end && (lane() & 3) == 0) content_sum_end[own * V + row(i) + 8 * j] = sum;
+        if (content_sum_end && holds_state && (lane() & 3) == 0) content_sum_end[own_part * V + row(i) + 8 * j] = sum;
       }
   }
   if constexpr (READ)
-    if (content_end)
-      for (int i = thread; i < R * K / 2; i += STATE_THREADS) {
+    if (content_end && rank == 0)
+      for (int i = thread; i < R * K / 2; i += GATE_THREADS) {
         const int r = i / (K / 2), column = 2 * (i % (K / 2));
-        const float2 z = unpack<Bf16>(seen.rest.pair(r, column));
+        const float2 z = unpack<Bf16>(seen.Z.pair(r, column));
         content_end[(own * K + column) * R + r] = z.x;
         content_end[(own * K + column + 1) * R + r] = z.y;
       }

@@ -140,6 +140,13 @@ DEVICE float load_from_program(const float* p, int rank) {  // what lies at p in
   return x;
 }
 
+DEVICE void store_into_program(float4* p, int rank, float4 x) {
+  u32 address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // -- synchronisation of some of a block's warps --
 
 // All `threads` that name this barrier meet.
@@ -171,4 +178,20 @@ DEVICE void wait(Signal* signal, int phase) {
 #else
   while (!has_ended(signal, phase)) {}
 #endif
+}
+
+// The same among the programs of a cluster.
+DEVICE void arrive_at_program(Signal* signal, int rank) {
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(signal)), "r"(rank)
+      : "memory");
+}
+DEVICE void wait_for_cluster(Signal* signal, int phase) {
+  u32 ended;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(ended) : "r"(shared_address(signal)), "r"(phase) : "memory");
+  } while (!ended);
 }

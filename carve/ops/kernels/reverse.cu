@@ -1,6 +1,7 @@
-// The backward's sequential part: one program per (sequence, value head) takes the gradient of the state from the last
-// tile to the first.  It leaves behind what lets `gradients.cu` differentiate every tile on its own: the gradient of the
-// state behind each tile, dr of each block, and what the content sends back.
+// The backward's sequential part: the gradient of the state, from the last tile of a sequence to the first, one value head
+// a program, or a cluster of SPLIT programs with V of its values each.  It leaves behind what lets `gradients.cu`
+// differentiate every tile on its own: the gradient of the state behind each tile, dr of each block, and what the content
+// sends back.
 //
 // With d the gradient of the outputs (for "mean", that of the running sum added), r = a v - (b k exp G) S and dS the
 // gradient of the state behind a block:
@@ -8,504 +9,948 @@
 //     dv_new = M^T d + (k exp(G_16 - G)) dS             dr = T^T dv_new
 //     dS    <- Diag(exp G_16) dS + (scale q exp G)^T d - (b k exp G)^T dr
 //
-// Products over K belong to the warp that has the rows of V.  The content needs the gradient of the erase gates too,
+// The content is known, so all but dS is independent of what comes behind.  Preparing warps copy inputs and turn them,
+// block by block, into what the chain needs, as in `forward.cu`: through a ring of slots, about a tile ahead.  Working
+// warps run the chain, 16 rows of V each.  The content needs the gradient of the erase gates too.  With S the state before
+// a tile, D_s the decay of its block s and x = k exp -G,
 //
-//     d(b k exp G) = -dr S^T - stril(dr v_new^T) (k exp -G)
+//     d(b k exp G)_s = -((dr_s S^T D_0 + P_s0 x_0 D_0) D_1 + P_s1 x_1 D_1 ...) - P_ss x_s      P_sj = dr_s v_new_j^T
 //
-// which is a product over V; it is done when a tile's dr are all there, by the warp that has the columns of K.
+// (P_ss strictly lower): products over V, done when a tile's dr are all there, by the warp that has the columns of K.  As
+// everything here is linear in dr, programs of a cluster add up only what the content receives: for "mean" 16 numbers a
+// chunk, for "read" 16 a token.
 
+constexpr int WORKERS = SPLIT * ROWS, PREPARERS = 4;  // warps; the first ROWS workers run the chain
+constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // slabs of 16 columns that a worker has
+constexpr int OWN = K / 32;                           // columns of a block that a lane of a preparing warp has
+constexpr bool SEES = MEAN || READ;
+
+constexpr int NUMBERS = RANK + 4;                     // that a worker adds to the content's gradient ("mean")
+constexpr int UP_BYTES = MEAN ? RANK * K * 4 : READ ? RANK * K * 2 : 0;
+constexpr int MET_BYTES = MEAN ? 2 * SPLIT * WORKERS * NUMBERS * 4 : READ && SPLIT > 1 ? 2 * BLOCKS * 1024 : 0;
+constexpr int O_UP = 0, O_WRITE = O_UP + UP_BYTES, O_MET = O_WRITE + RANK * 4, O_DA = O_MET + MET_BYTES;
+constexpr int O_SIGNALS = O_DA + (READ ? ROWS * TILE * 4 : 0), O_RING = Aligned<O_SIGNALS + 16 * 8 + 8>::bytes;
+
+// A slot.  q_in lies over q, weights over e, b k exp G and x over g, dr over d; when the chain is through, P over q_in.
+constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2, SQUARE = BLOCK * BLOCK * 2;
+constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_KEYS = O_G + K_ROWS;
+constexpr int O_D = O_G + 2 * K_ROWS, O_EDITS = O_D + V_ROWS, O_M = O_EDITS + V_ROWS, O_T = O_M + SQUARE;
+constexpr int O_A = O_T + SQUARE, O_DECAY = O_A + 2 * SQUARE, O_ZS = O_DECAY + K * 4, O_ROOTS = O_ZS + (READ ? 1024 : 0);
+constexpr int O_SMALL_END = O_ROOTS + (READ ? BLOCK * 4 : 0), O_Z_END = O_M + (READ ? RANK * K * 2 : 0);
+constexpr int O_GATES = O_SMALL_END > O_Z_END ? O_SMALL_END : O_Z_END, O_RAW = O_GATES + BLOCK * 4;
+constexpr int O_STRONG = O_RAW + RANK * 4, SLOT = Aligned<O_STRONG + 4>::bytes;
+
+constexpr int ROOM = (CARVE_SHARED - O_RING) / SLOT, RING = ROOM < 8 ? ROOM : 8;  // slots
+constexpr int SHARED_BYTES = O_RING + RING * SLOT;
+
+static_assert(SPLIT <= 2, "two programs add up what each of them has to the same bits, more would need an order");
 static_assert(TILE == SAVE, "a tile begins where a state was saved");
-constexpr bool PREFETCH = true;
-constexpr int SLABS = (COLUMNS + WARPS - 1) / WARPS;                    // slabs of 16 columns that a warp has
+static_assert(RING > BLOCKS, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
+static_assert(THREADS == 32 * (WORKERS + PREPARERS), "carve/ops/kernels/cuda.py says how many threads a program has");
 
-constexpr int O_Q = 0, O_K = O_Q + TILE * K * 2, O_E = O_K + TILE * K * 2, O_G = O_E + TILE * K * 2;
-constexpr int O_BK_IN = O_G + TILE * K * 4, O_D = O_BK_IN + TILE * K * 2, O_EDITS = O_D + TILE * V * 2;
-constexpr int O_DR = O_EDITS + TILE * V * 2, O_M = O_DR + TILE * V * 2, O_T = O_M + TILE * 32, O_A = O_T + TILE * 32;
-constexpr int O_DECAY = O_A + TILE * 64, O_W = O_DECAY + BLOCKS * K * 4, O_WRITE = O_W + TILE * 4;
-constexpr int O_STRONG = O_WRITE + TILE * 4, O_DLOGIT = O_STRONG + 64, O_DA = O_DLOGIT + TILE * 4;
-constexpr int O_DZ = O_DA + WARPS * TILE * 4, O_DSUM = O_DZ + (READ ? 2 * TILE * 32 : 0), O_DCONTENT = O_DSUM + V * 4;
-constexpr int O_DSHIFT = O_DCONTENT + 3 * RANK * 4, O_CONTENT = O_DSHIFT + (K + 16) * 4;
-constexpr int O_DOWN = Aligned<O_CONTENT + (4 * RANK + K + TILE) * 4>::bytes;
-constexpr int O_UP = O_DOWN + (READ ? RANK * V * 2 : MEAN ? RANK * V * 4 : 0);
-constexpr int O_Z = O_UP + (READ ? RANK * K * 2 : MEAN ? RANK * K * 4 : 0);
-constexpr int SHARED_BYTES = O_Z + (READ ? RANK * K * 2 : 0);
+DEVICE void sync_workers() { barrier(1, 32 * WORKERS); }
 
-static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how much shared memory a program gets");
+struct Slot {
+  byte* base;
 
-DEVICE float pick(const float (&x)[RANK], int i) {  // without an index into registers at run time
-  float y = x[0];
+  DEVICE Matrix<K> q() const { return {base + O_Q}; }            // q, then scale q exp G
+  DEVICE Matrix<K> k() const { return {base + O_K}; }
+  DEVICE Matrix<K> e() const { return {base + O_E}; }            // erase logits, then weights; then their gradient
+  DEVICE Matrix<K> bk_in() const { return {base + O_G}; }
+  DEVICE Matrix<K> keys() const { return {base + O_KEYS}; }      // k exp -G; strong: k exp(G_16 - G)
+  DEVICE Matrix<V> d() const { return {base + O_D}; }            // gradient of the outputs, then dr
+  DEVICE uint4* edits() const { return (uint4*)(base + O_EDITS); }  // v_new^T, as saved: [ROWS, 32 lanes]
+  DEVICE Matrix<16> M() const { return {base + O_M}; }
+  DEVICE Matrix<16> T() const { return {base + O_T}; }
+  DEVICE Matrix<TILE> P() const { return {base + O_Q}; }
+  DEVICE Matrix<K> Z() const { return {base + O_M}; }            // of the chunk, until it is used ("read")
+  DEVICE float* A() const { return (float*)(base + O_A); }       // transposed, until it is solved
+  DEVICE Matrix<16> dz() const { return {base + O_A}; }          // ("read")
+  DEVICE Matrix<16> z() const { return {base + O_A + SQUARE}; }
+  DEVICE float4* zs() const { return (float4*)(base + O_ZS) + 2 * lane(); }  // z in fp32, as a warp holds it
+  DEVICE float* roots() const { return (float*)(base + O_ROOTS); }           // 1 / rms
+  DEVICE Matrix<16> dZ() const { return {base + O_G}; }          // [K, RANK], when the chain is through
+  DEVICE float2& G(int row, int column) const { return *(float2*)(base + O_G + (row * K + column) * 4); }  // g at first
+  // exp G_16, in the order in which the lanes that hold the state need it: four numbers of 16 columns a lane
+  DEVICE float4 decay_of_lane(int slab) const { return *(float4*)(base + O_DECAY + 64 * slab + 8 * quad_column()); }
+  DEVICE float2& decay(int column) const {
+    return *(float2*)(base + O_DECAY + 4 * ((column & ~15) + 2 * (column & 6) + ((column >> 2) & 2)));
+  }
+  DEVICE float* a() const { return (float*)(base + O_GATES); }   // write logits, then gates
+  DEVICE float* raw() const { return (float*)(base + O_RAW); }   // m_c P_down [RANK] ("mean")
+  DEVICE bool strong() const { return any_lane(*(int*)(base + O_STRONG)); }  // any_lane tells that lanes agree
+  DEVICE void set_strong(bool x) const { *(int*)(base + O_STRONG) = x; }
+};
+
+// Where a warp is in the ring.  A slot's signals: `full`, once it is prepared, and `free`, once no worker needs it.
+struct Ring {
+  byte* shared;
+  int slot, phase;
+
+  DEVICE Slot at() const { return {shared + O_RING + slot * SLOT}; }
+  DEVICE Signal* full() const { return (Signal*)(shared + O_SIGNALS) + slot; }
+  DEVICE Signal* free() const { return (Signal*)(shared + O_SIGNALS) + 8 + slot; }
+  DEVICE void step(int blocks) {
+    slot += blocks;
+    phase ^= slot / RING & 1;
+    slot %= RING;
+  }
+  DEVICE Ring after(int blocks) const {
+    Ring y = *this;
+    y.step(blocks);
+    return y;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Preparing warps
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The blocks of a sequence, from the last to the first.
+struct Cursor {
+  int chunk, block;  // block of the chunk
+  Ring ring;
+
+  DEVICE void skip(const Sequence& sequence, int blocks) {
+    ring.step(blocks);
+    block -= blocks;
+    while (block < 0 && --chunk >= 0) block += (sequence.last(chunk) - sequence.first(chunk) + BLOCK - 1) / BLOCK;
+  }
+};
+
+// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>;
+// with FP32, of fp32 numbers, in two rounds a row, as they lie.
+template <int D, bool FP32 = false>
+DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int heads, int head) {
+  constexpr int LANES = D / 8, STEP = 32 / LANES, BYTES = FP32 ? 4 * D : 2 * D;
+  const int lane = lane_anew(), row = lane / LANES, piece = lane % LANES, stride = heads * BYTES;
+  const byte* p = (const byte*)from + (first * heads + head) * BYTES + ((i64)row * stride + piece * 16);
+  const int plain = row * BYTES + piece * 16, permuted = row * BYTES + ((piece ^ row) << 4);
 #pragma unroll
-  for (int r = 1; r < RANK; ++r) y = i == r ? x[r] : y;
-  return y;
+  for (int i = 0; i < BLOCK; i += STEP) {
+    const bool valid = row + i < count;
+    const byte* from_row = p + (i64)i * stride;
+    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), from_row, valid);
+    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, from_row + BYTES / 2, valid);
+  }
 }
 
+// Some consecutive numbers of a row, as one access to shared memory.
+struct alignas(4 * OWN) Floats { float x[OWN]; };
+struct alignas(2 * OWN) Pairs { u32 x[OWN / 2]; };
+
+template <typename X> DEVICE Floats own_columns(Matrix<K> x, int row) {
+  const Pairs pairs = *(const Pairs*)x.at(row, OWN * lane());
+  Floats y;
+#pragma unroll
+  for (int c = 0; c < OWN; c += 2) {
+    const float2 pair = unpack<X>(pairs.x[c / 2]);
+    y.x[c] = pair.x, y.x[c + 1] = pair.y;
+  }
+  return y;
+}
+DEVICE void set_own_columns(Matrix<K> x, int row, const Floats& y) {
+  Pairs pairs;
+#pragma unroll
+  for (int c = 0; c < OWN; c += 2) pairs.x[c / 2] = pack<Bf16>(y.x[c], y.x[c + 1]);
+  *(Pairs*)x.at(row, OWN * lane()) = pairs;
+}
+
+// Rows of A and M of a strong block, by one warp: decay is summed up from token i backwards.
+DEVICE void multiply_block_pair_by_pair(Slot slot, const Floats& shift, float scale, float top) {
+#pragma unroll 1
+  for (int i = 0; i < BLOCK; ++i) {
+    const Floats q = own_columns<Input>(slot.q(), i), e = own_columns<Input>(slot.e(), i);
+    Floats bk = own_columns<Input>(slot.k(), i), sum = {};
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) bk.x[c] *= top * sigmoid(e.x[c] + shift.x[c]);
+#pragma unroll 1
+    for (int j = BLOCK - 1; j >= 0; --j) {
+      float M = 0, A = 0;
+      if (j <= i) {
+        const Floats k = own_columns<Input>(slot.k(), j);
+        if (j < i) {
+          const Floats g = (Floats&)slot.G(j + 1, OWN * lane());
+#pragma unroll
+          for (int c = 0; c < OWN; ++c) sum.x[c] += fmaxf(LOG2_E * g.x[c], GONE);
+        }
+#pragma unroll
+        for (int c = 0; c < OWN; ++c) {
+          const float decayed = k.x[c] * exp2_(sum.x[c]);
+          M += q.x[c] * decayed, A += bk.x[c] * decayed;
+        }
+        M = warp_sum(M) * scale, A = warp_sum(A);
+      }
+      if (lane() == 0) {
+        *(unsigned short*)slot.M().at(i, j) = (unsigned short)(pack<Bf16>(M, 0) & 0xffff);
+        slot.A()[j * 16 + i] = j < i ? A : 0;
+      }
+    }
+  }
+}
+
+// A and M of a mild block, by one warp.
+DEVICE void multiply_block(Slot slot) {
+  Sums A[2] = {zeros(), zeros()}, M[2] = {zeros(), zeros()};
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) {
+    const Operand keys = slot.keys().load(0, 16 * n);
+    multiply(A[n & 1], slot.bk_in().load(0, 16 * n), keys);
+    multiply(M[n & 1], slot.q().load(0, 16 * n), keys);
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) A[0].x[t][i] += A[1].x[t][i], M[0].x[t][i] += M[1].x[t][i];
+  for_each(A[0], [&](float& x, int i, int j) { slot.A()[j * 16 + i] = i > j ? x : 0; });
+  for_each(M[0], [&](float& x, int i, int j) { x = i >= j ? x : 0; });
+  slot.M().store(0, 0, round_to_bf16(M[0]));
+}
+
+// "read": adds z P_up to the erase logits, z p_write to the write logits, and leaves z and 1 / rms.
+DEVICE void shift_block(Slot slot, Matrix<K> up, const float* write, int R) {
+  Sums z = zeros(), odd = zeros();
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n += 2) {
+    multiply(z, to_bf16<Input>(slot.k().load(0, 16 * n)), slot.Z().load(0, 16 * n));
+    multiply(odd, to_bf16<Input>(slot.k().load(0, 16 * n + 16)), slot.Z().load(0, 16 * n + 16));
+  }
+  warp_sync();  // z lies over Z
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float squares = 0, root = 1, shift = 0;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        z.x[t][j] += odd.x[t][j];
+        squares += z.x[t][j] * z.x[t][j];
+      }
+    if constexpr (RMS) root = reciprocal_root(quad_sum(squares) / R + 1e-8f);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& x = z.x[t][2 * i + j];
+        x *= root;
+        shift += x * write[8 * t + quad_column() + j];
+      }
+    shift = quad_sum(shift);
+    if ((lane() & 3) == 0) {
+      slot.a()[quad_row() + 8 * i] += shift;
+      slot.roots()[quad_row() + 8 * i] = root;
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t) slot.zs()[t] = make_float4(z.x[t][0], z.x[t][1], z.x[t][2], z.x[t][3]);
+  const Operand z_bf16 = round_to_bf16(z);
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) {
+    Sums shift = zeros();
+    multiply(shift, z_bf16, up.load_transposed(0, 16 * n));
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        u32& x = slot.e().pair(quad_row() + 8 * i, 16 * n + 8 * t + quad_column());
+        const float2 y = unpack<Input>(x);
+        x = pack<Input>(y.x + shift.x[t][2 * i], y.y + shift.x[t][2 * i + 1]);
+      }
+  }
+  warp_sync();
+}
+
+// T = (I + A)^-1 of a block by forward substitution in fp32; lane c (and c + 16) has column c.
+DEVICE void solve_block(Slot slot) {
+  const int column = lane() & 15;
+  const float* A = slot.A();
+  float x[BLOCK];
+#pragma unroll
+  for (int i = 0; i < BLOCK; ++i) x[i] = i == column ? 1 : 0;
+#pragma unroll
+  for (int j = 0; j < BLOCK - 1; ++j) {
+    float A_j[BLOCK];
+#pragma unroll
+    for (int i = (j + 1) & ~3; i < BLOCK; i += 4) *(float4*)(A_j + i) = *(const float4*)(A + j * 16 + i);
+#pragma unroll
+    for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
+  }
+#pragma unroll
+  for (int i = 0; i < BLOCK; ++i)
+    if (lane() < 16) *(unsigned short*)slot.T().at(i, column) = (unsigned short)(pack<Bf16>(x[i], 0) & 0xffff);
+}
+
+// Turns a block's inputs into what the workers need, by one warp; a lane has OWN columns.  shift: of its erase logits.
+DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, float scale, float top, bool has_w) {
+  Floats G[BLOCK];
+  float lowest = 0;
+#pragma unroll
+  for (int t = 0; t < BLOCK; ++t) G[t] = (const Floats&)slot.G(t, OWN * lane());
+#pragma unroll
+  for (int c = 0; c < OWN; ++c) {
+    float sum = 0;
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * G[t].x[c], GONE);
+    lowest = fminf(lowest, sum);
+  }
+  const bool strong = any_lane(lowest < -MILD);
+  if (lane() == 0) slot.set_strong(strong);
+  const Floats G_16 = G[BLOCK - 1];
+#pragma unroll
+  for (int c = 0; c < OWN; c += 2) slot.decay(OWN * lane() + c) = make_float2(exp2_(G_16.x[c]), exp2_(G_16.x[c + 1]));
+  if (strong) multiply_block_pair_by_pair(slot, shift, scale, top);
+  warp_sync();  // all have read g
+  constexpr int AT_ONCE = 4;  // tokens read before any is written, not to wait for each in turn
+#pragma unroll
+  for (int first = 0; first < BLOCK; first += AT_ONCE) {
+    Floats q[AT_ONCE], k[AT_ONCE], e[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      q[i] = own_columns<Input>(slot.q(), first + i);
+      k[i] = own_columns<Input>(slot.k(), first + i);
+      e[i] = own_columns<Input>(slot.e(), first + i);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int t = first + i;
+      Floats bk_in, keys;
+#pragma unroll
+      for (int c = 0; c < OWN; ++c) {
+        const float in = exp2_(G[t].x[c]), gate = sigmoid(e[i].x[c] + shift.x[c]), bk = top * gate * k[i].x[c];
+        q[i].x[c] *= in * scale;
+        bk_in.x[c] = bk * in;
+        keys.x[c] = k[i].x[c] * exp2_((strong ? G_16.x[c] : 0) - G[t].x[c]);
+        e[i].x[c] = (strong ? bk : bk_in.x[c]) * (1 - gate);
+      }
+      set_own_columns(slot.q(), t, q[i]);
+      set_own_columns(slot.bk_in(), t, bk_in);
+      set_own_columns(slot.keys(), t, keys);
+      if constexpr (SEES) set_own_columns(slot.e(), t, e[i]);
+    }
+  }
+  if (lane() < BLOCK) slot.a()[lane()] = has_w ? sigmoid(slot.a()[lane()] + write_shift) : 1;
+  warp_sync();
+  if (!strong) multiply_block(slot);
+  warp_sync();
+  solve_block(slot);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The state: a worker's 16 rows of S^T [V, K]
+// ---------------------------------------------------------------------------------------------------------------------
+
+// memory is this program's columns of [K, SPLIT V], fp32; zeros if null
+DEVICE State load_rows(const float* memory) {
+  State S;
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) {
+      x = memory ? memory[(16 * m + column) * (SPLIT * V) + 16 * warp() + row] : 0;
+    });
+  return S;
+}
+DEVICE void store_rows(float* memory, State& S) {
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) {
+      memory[(16 * m + column) * (SPLIT * V) + 16 * warp() + row] = x;
+    });
+}
+
+DEVICE void decay_sums(Sums& y, float4 x) {  // columns
+  y.x[0][0] *= x.x, y.x[0][1] *= x.y, y.x[0][2] *= x.x, y.x[0][3] *= x.y;
+  y.x[1][0] *= x.z, y.x[1][1] *= x.w, y.x[1][2] *= x.z, y.x[1][3] *= x.w;
+}
+DEVICE void decay_state(State& S, Slot slot) {
+#pragma unroll
+  for (int m = 0; m < COLUMNS; ++m) decay_sums(S.x[m], slot.decay_of_lane(m));
+}
+
+DEVICE float dot(float4 x, float4 y) { return (x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 // Inputs as in the forward, and what it saved; gradients of o and of the state behind the last token (null for zero).
-// Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, V + K + 4]: what the
-// content adds to the gradient of the chunk's outputs (V), to its erase logits (K) and its write logits (1), for "mean";
-// d_contents, [chunk, head, RANK + K + 4]: gradients of the content (RANK) and of the gates' shifts (K and 1), for "mean",
-// of which the projections' gradients are sums; d_z, [block, head, lane]: the gradient of the content z, and those of the projections, [N, HV, ...], for "read"; gradients of
-// the state before the first token, [N, HV, ...].
-KERNEL void __launch_bounds__(THREADS, 1) carve_reverse(
+// Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, SPLIT V + K + 4]: what the
+// content adds to the gradient of the chunk's outputs (SPLIT V), to its erase logits (K) and its write logits (1), for
+// "mean"; d_contents, [chunk, head, SPLIT, RANK + K + 4]: addends of the gradients of the content (RANK) and of the gates'
+// shifts (K and 1), for "mean", of which the projections' gradients are sums; d_z, [block, head, lane]: the gradient of the
+// content z, and those of the projections, [N, HV, ...], for "read"; gradients of the state before the first token,
+// [N, HV, ...].
+KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     const void* q, const void* k, const void* v, const float* g, const void* e, const float* w, const float* p_down,
     const float* p_up, const float* p_write, const i64* bounds, const i64* positions, const u32* states,
-    const u32* edits, const float* contents, const void* d_o, const float* d_memory_end,
-    const float* d_content_end, const float* d_content_sum_end, u32* d_states, u32* d_edits, float* passed, u32* d_z_all, float* d_contents,
+    const u32* edits, const float* contents, const void* d_o, const float* d_memory_end, const float* d_content_end,
+    const float* d_content_sum_end, u32* d_states, u32* d_edits, float* passed, u32* d_z_all, float* d_contents,
     float* d_p_down, float* d_p_up, float* d_p_write, float* d_memory, float* d_content, float* d_content_sum,
     float scale, float top, int H, int HV, int H_g, int H_e, int R, int T, int C) {
   byte* shared = shared_memory();
-  const int n = block_index() / HV, head = block_index() % HV, thread = thread_index();
-  const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
-  const i64 own = (i64)n * HV + head;
+  const int warp_index = uniform(warp()), thread = thread_index();
+  const int parts = HV * SPLIT, n = block_index() / parts, part = block_index() % parts;  // of all heads' values
+  const int head = part / SPLIT, rank = part % SPLIT;
+  const i64 own = (i64)n * HV + head, own_part = own * SPLIT + rank, own_memory = own * (K * SPLIT * V) + rank * V;
   const Sequence sequence(bounds, positions, n, T, C);
+  const Matrix<K> up = {shared + O_UP};             // P_up [RANK, K] ("read")
+  float* wide_up = (float*)(shared + O_UP);         // the same in fp32 ("mean")
+  float* write = (float*)(shared + O_WRITE);        // p_write [RANK]
+  Ring ring = {shared, 0, 0};
+  Signal* heard = ring.free() + 8;                  // what programs have of the content's gradient has met
 
-  float* small = (float*)(shared + O_CONTENT);
-  Content seen = {{shared + O_DOWN}, {shared + O_UP}, {shared + O_Z}, (float*)(shared + O_DOWN), (float*)(shared + O_UP),
-                  small, small + RANK, small + 2 * RANK, small + 4 * RANK, small + 4 * RANK + K, R};
-  Prepared p = {{shared + O_Q}, {shared + O_K}, {shared + O_E}, {shared + O_G}, {shared + O_Q}, {shared + O_BK_IN},
-                {shared + O_G}, {shared + O_G + TILE * K * 2}, {shared + O_M}, {shared + O_T}, (float*)(shared + O_A),
-                (float*)(shared + O_DECAY), (float*)(shared + O_WRITE), (float*)(shared + O_W), (int*)(shared + O_STRONG),
-                scale, top, w != nullptr};
-  const Matrix<V> d = {shared + O_D}, v_new = {shared + O_EDITS}, dr = {shared + O_DR};
-  const Matrix<K> dx = p.bk_in;         // gradient of the erase logits, once b k exp G is no longer needed ("read")
-  const Matrix<16> dA_bf16 = p.T;       // once T is no longer needed
-  float* dA_wide = p.A;                 // the same in fp32, [BLOCKS][16 (i)][16 (j)]
-  const Matrix<16> dz = {shared + O_DZ}, z = {shared + O_DZ + TILE * 32};  // [TILE, RANK] ("read")
-  const Matrix<16> dZ_shared = {shared + O_DZ};                            // [K, RANK], after them
-  float* da = (float*)(shared + O_DA);              // partial gradients of the write gate, [WARPS, TILE]
-  float* d_logit = (float*)(shared + O_DLOGIT);     // gradient of its logit, [TILE]
-  float* d_sum = (float*)(shared + O_DSUM);         // gradient of the running sum of outputs, [V] ("mean")
-  float* d_raw = (float*)(shared + O_DCONTENT);     // gradient of the content, [RANK] ("mean")
-  float* d_z = d_raw + RANK;                        // gradient of its norm
-  float* d_end = d_z + RANK;                        // gradient of the content behind the last token, then 0
-  float* d_shift = (float*)(shared + O_DSHIFT);     // gradient of the gates' shifts, [K] and [1] ("mean")
-  const bool into_write = (MEAN || READ) && w && p_write;
-  static_assert(K * 32 <= 2 * TILE * 32, "dZ lies over dz and z");
-
-  // -- gradients behind the last token --
-  State dS = load_state(d_memory_end ? d_memory_end + own * K * V : nullptr);
-  load_projections(seen, p_down, p_up, p_write, head);
-  Sums dZ[SLABS], d_up[SLABS], d_down = zeros();  // "read": [16 of K, RANK], [RANK, 16 of K], [16 of V, RANK]
-  float d_write[2][2] = {}, d_erase_shift[SLABS][2][2] = {}, d_write_shift = 0;
-#pragma unroll
-  for (int i = 0; i < SLABS; ++i) {
-    dZ[i] = d_up[i] = zeros();
-    if constexpr (READ)
-      if (d_content_end && warp() + i * WARPS < COLUMNS)
-        for_each(dZ[i], [&](float& x, int row, int r) {
-          if (r < R) x = d_content_end[(own * K + 16 * (warp() + i * WARPS) + row) * R + r];
-        });
-  }
-  if constexpr (MEAN) {
-    if (thread < RANK) d_raw[thread] = d_end[thread] = d_content_end && thread < R ? d_content_end[own * R + thread] : 0;
-    for (int i = thread; i < V; i += THREADS) d_sum[i] = d_content_sum_end ? d_content_sum_end[own * V + i] : 0;
-  }
-
-  for (int chunk = sequence.chunks - 1; chunk >= 0; --chunk) {
-    const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
-    const i64 slot = (sequence.slot + chunk) * HV + head;
-    float* to_sums = d_contents + slot * (RANK + K + 4);  // "mean"
-    if constexpr (MEAN)
-      if (thread < RANK) seen.raw[thread] = contents[slot * RANK + thread];
-    if constexpr (READ)
-      for (int i = thread; i < RANK * K / 2; i += THREADS)
-        ((u32*)seen.Z.base)[i] = ((const u32*)contents)[slot * (RANK * K / 2) + i];
-    if constexpr (MEAN) {
-      sync();
-      float squares = 0;
-#pragma unroll
-      for (int r = 0; r < RANK; ++r) squares += seen.raw[r] * seen.raw[r];
-      const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
-      for (int i = thread; i < K; i += THREADS) {
-        float shift = 0;
-#pragma unroll
-        for (int r = 0; r < RANK; ++r) shift += seen.raw[r] * root * seen.wide_up[r * K + i];
-        seen.erase_shift[i] = shift;
-      }
-      if (warp() == WARPS - 1) {
-        const int r = lane() & 15;
-        float shift = seen.raw[r] * root * seen.write[r];
-#pragma unroll
-        for (int mask = 1; mask < 16; mask *= 2) shift += shuffle_xor(shift, mask);
-        if (lane() == 0) *seen.write_shift = shift;
-      }
-      sync();
-      float* to = passed + slot * (V + K + 4);
-      for (int i = thread; i < V; i += THREADS) to[i] = d_sum[i];
-      for (int i = thread; i < K; i += THREADS) to[V + i] = seen.erase_shift[i];
-      if (thread == 0) to[V + K] = *seen.write_shift;
+  if (thread == 0) {
+    for (int i = 0; i < RING; ++i) {
+      set_up(ring.full() + i, 1);
+      set_up(ring.free() + i, SEES ? WORKERS : ROWS);
     }
+    set_up(heard, MEAN ? SPLIT * WORKERS : BLOCKS);
+  }
+  if constexpr (SEES) {
+    for (int i = thread; i < RANK * K / 2; i += THREADS) {
+      const int r = i / (K / 2), column = 2 * (i % (K / 2));
+      const float* p = p_up + ((i64)head * R + r) * K + column;
+      const float2 x = r < R && p_up ? make_float2(p[0], p[1]) : make_float2(0, 0);
+      if constexpr (MEAN) *(float2*)(wide_up + r * K + column) = x;
+      else up.pair(r, column) = pack<Bf16>(x.x, x.y);
+    }
+    if (thread < RANK) write[thread] = thread < R && p_write ? p_write[(i64)head * R + thread] : 0;
+  }
+  if constexpr (SPLIT > 1) sync_cluster();
+  else sync();
 
-    for (int first = first_of_chunk + (last_of_chunk - first_of_chunk - 1) / TILE * TILE; first >= first_of_chunk; first -= TILE) {
-      const int count = min(TILE, last_of_chunk - first), blocks = (count + BLOCK - 1) / BLOCK;
-      const i64 token = sequence.begin + first;
-      const i64 state_slot = sequence.slot_of(chunk, first - first_of_chunk, SAVE);
-      const i64 block_slot = sequence.slot_of(chunk, first - first_of_chunk, BLOCK);
+  float* last = (float*)(shared + O_RING);          // of the projections' gradients, when all else is done ("read")
 
-      // -- inputs --
-      copy_rows(p.g, g, token, count, H_g, g_head);
-      copy_rows(p.k, k, token, count, H, key_head);
-      copy_rows(p.q, q, token, count, H, key_head);
-      copy_rows(p.e, e, token, count, H_e, e_head);
-      copy_rows(d, d_o, token, count, HV, head);
-      uint4 v_new_piece[BLOCKS];
-      if constexpr (MEAN || READ) {
+  if (warp_index >= WORKERS) {
+    // -- preparing warps: each takes every PREPARERS-th block --
+    const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
+    const auto copy = [&](const Cursor& at) {
+      const Slot slot = at.ring.at();
+      const int first = sequence.first(at.chunk) + BLOCK * at.block, t = lane_anew();
+      const int count = min(BLOCK, sequence.last(at.chunk) - first);
+      const i64 token = sequence.begin + first, slot_of_chunk = (sequence.slot + at.chunk) * HV + head;
+      copy_block<K, true>(slot.base + O_G, g, token, count, H_g, g_head);
+      copy_block<K>(slot.base + O_K, k, token, count, H, key_head);
+      copy_block<K>(slot.base + O_Q, q, token, count, H, key_head);
+      copy_block<K>(slot.base + O_E, e, token, count, H_e, e_head);
+      copy_block<V>(slot.base + O_D, d_o, token, count, parts, part);
+      if constexpr (SEES) {
+        const i64 block_slot = sequence.slot_of(at.chunk, BLOCK * at.block, BLOCK);
+        const uint4* from = (const uint4*)edits + (block_slot * parts + part) * (ROWS * 32) + t;
 #pragma unroll
-        for (int s = 0; s < BLOCKS; ++s)
-          v_new_piece[s] = s < blocks ? *saved_block((u32*)edits, block_slot + s, HV, head) : make_uint4(0, 0, 0, 0);
-        const byte* state = (const byte*)states + (state_slot * HV + head) * (2 * K * V);  // read when dr are all there
-        for (int i = thread; i < 2 * K * V / 128; i += THREADS) fetch_into_cache(state + 128 * i);
+        for (int m = 0; m < ROWS; ++m) copy_16_bytes(slot.edits() + m * 32 + t, from + m * 32, true);
+        // a quarter of the state before the tile, which is read when dr are all there
+        const i64 state_slot = sequence.slot_of(at.chunk, BLOCK * at.block, SAVE);
+        const byte* state = (const byte*)states + (state_slot * parts + part) * (2 * K * V) + at.block % BLOCKS * (2 * K * V / BLOCKS);
+        for (int i = t; i < 2 * K * V / BLOCKS / 128; i += 32) fetch_into_cache(state + 128 * i);
       }
-      if (w && thread < TILE) copy_4_bytes(p.w + thread, w + (token + min(thread, count - 1)) * HV + head, thread < count);
-      if (thread < BLOCKS) p.strong[thread] = 0;
-      if constexpr (MEAN || READ)
+      if constexpr (MEAN)
+        if (t < RANK / 4) copy_16_bytes(slot.raw() + 4 * t, contents + slot_of_chunk * RANK + 4 * t, true);
+      if constexpr (READ)
 #pragma unroll
-        for (int s = 0; s < BLOCKS; ++s) v_new.block(s).store(0, 16 * warp(), transpose(as_operand(v_new_piece[s])));
-      wait_for_copies();
-      sync();
-      if (PREFETCH && first > 0) {  // the next tile, or about that
-        const int some = min(TILE, first);
-        fetch_rows<K, 4>(g, token - some, some, H_g, g_head);
-        fetch_rows<K, 2>(k, token - some, some, H, key_head);
-        fetch_rows<K, 2>(q, token - some, some, H, key_head);
-        fetch_rows<K, 2>(e, token - some, some, H_e, e_head);
-        fetch_rows<V, 2>(d_o, token - some, some, HV, head);
+        for (int i = 0; i < RANK * K * 2; i += 512)
+          copy_16_bytes(slot.Z().base + i + 16 * t, (const byte*)contents + slot_of_chunk * (RANK * K * 2) + i + 16 * t, true);
+      if (t < BLOCK) copy_4_bytes(slot.a() + t, w + (token + t) * HV + head, w && t < count);
+      close_copies();
+    };
+    Cursor at = {sequence.chunks, 0, ring};  // block to prepare
+    at.skip(sequence, warp_index - WORKERS + 1);
+    at.ring = ring.after(warp_index - WORKERS);
+    Cursor next = at;  // block to copy
+    int copied = 0;    // blocks, not prepared yet
+    while (at.chunk >= 0) {
+      // copies begin as soon as there is room, but preparation does not wait for that
+      Signal* room = next.ring.free();
+      const int phase = next.ring.phase ^ 1;
+      if (next.chunk >= 0 && (copied == 0 || (copied == 1 && all_lanes(has_ended(room, phase))))) {
+        wait(room, phase);
+        copy(next);
+        next.skip(sequence, PREPARERS);
+        ++copied;
+        continue;
       }
-
-      // -- as in the forward: gates, decays, the triangular systems; and d --
-      if constexpr (READ) {
-        shift_logits(seen, p.k, p.e);
-        sync();
-      }
-      if constexpr (MEAN || HALF)
-        for (int i = thread; i < TILE * V / 8; i += THREADS) {
-          const int row = i / (V / 8), column = 8 * (i % (V / 8));
-          uint4& piece = *(uint4*)d.at(row, column);
-          Operand x = as_operand(piece);
+      if (copied == 2) wait_for_copies_but_last();
+      else wait_for_copies();
+      warp_sync();
+      const Slot slot = at.ring.at();
+      Floats shift = {};
+      float write_shift = 0;
+      if constexpr (READ) shift_block(slot, up, write, R);
+      if constexpr (MEAN) {
+        float squares = 0;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 y = unpack<Input>(x.x[j]), more = MEAN ? *(float2*)(d_sum + column + 2 * j) : make_float2(0, 0);
-            x.x[j] = pack<Bf16>(y.x + more.x, y.y + more.y);
-          }
-          piece = as_uint4(x);
+        for (int r = 0; r < RANK; ++r) {
+          const float raw = slot.raw()[r];
+          squares += raw * raw;
+          write_shift += raw * write[r];
+          const Floats row = *(const Floats*)(wide_up + r * K + OWN * lane());
+#pragma unroll
+          for (int c = 0; c < OWN; ++c) shift.x[c] += raw * row.x[c];
         }
-      prepare<false>(p, seen);
-      sync();
-      solve(p);
-      sync();
-
-      // -- the gradient of the state runs through the blocks, each warp with 16 rows of V on its own --
-#pragma unroll 1
-      for (int s = blocks - 1; s >= 0; --s) {
-        const StateOperand dS_end = round_to_bf16(dS);
-        if (s == blocks - 1) {
-          uint4* to = saved_state(d_states, state_slot, HV, head);
+        const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
+        write_shift *= root;
 #pragma unroll
-          for (int m = 0; m < COLUMNS; ++m) to[32 * m] = as_uint4(dS_end.x[m]);
-        }
-        const Operand d_rows = d.block(s).load_transposed(0, 16 * warp());
-        Sums dv_new = times_state(dS_end, p.k_end.block(s)), dr_sums = zeros();
-        multiply(dv_new, d_rows, p.M.block(s).load_transposed(0, 0));
-        multiply(dr_sums, round_to_bf16(dv_new), p.T.block(s).load_transposed(0, 0));
-        const Operand dr_rows = round_to_bf16(dr_sums);
-        *saved_block(d_edits, block_slot + s, HV, head) = as_uint4(dr_rows);
-        const Operand dr_t = transpose(dr_rows);
-        if constexpr (MEAN || READ) dr.block(s).store(0, 16 * warp(), dr_t);
-        decay_columns(dS, p.decay + s * K);
-#pragma unroll
-        for (int m = 0; m < COLUMNS; ++m) {
-          multiply(dS.x[m], d_rows, p.q_in.block(s).load_transposed(0, 16 * m));
-          multiply(dS.x[m], negate(dr_rows), p.bk_in.block(s).load_transposed(0, 16 * m));
-        }
-        if (into_write) {
-          float sums[2] = {0, 0};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = min(16 * s + quad_row() + 8 * (i & 1), count - 1), column = 16 * warp() + 8 * (i >> 1) + quad_column();
-            const float2 x = unpack<Input>(((const u32*)v)[(((token + row) * HV + head) * V + column) / 2]);
-            const float2 y = unpack<Bf16>(dr_t.x[i]);
-            sums[i & 1] += x.x * y.x + x.y * y.y;
-          }
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            sums[i] = quad_sum(sums[i]);
-            if ((lane() & 3) == 0) da[warp() * TILE + 16 * s + quad_row() + 8 * i] = sums[i];
-          }
+        for (int c = 0; c < OWN; ++c) shift.x[c] *= root;
+        if (at.block == 0 && rank == 0) {
+          float* to = passed + ((sequence.slot + at.chunk) * HV + head) * (SPLIT * V + K + 4) + SPLIT * V;
+          *(Floats*)(to + OWN * lane()) = shift;
+          if (lane() == 0) to[K] = write_shift;
         }
       }
-
-      // -- what the content sends back --
-      if constexpr (MEAN || READ) {
-        sync();
-        if (warp() < blocks) {  // dA = -stril(dr v_new^T), a block a warp
-          const int s = warp();
-          Sums sums = zeros();
+      prepare_block(slot, shift, write_shift, scale, top, w);
+      warp_sync();
+      if (lane() == 0) arrive(at.ring.full());
+      at.skip(sequence, PREPARERS);
+      --copied;
+    }
+  } else if (SEES || warp_index < ROWS) {
+    // -- workers: gradients behind the last token --
+    const bool in_chain = warp_index < ROWS, into_write = SEES && w && p_write;
+    const int row_of_lane = 16 * warp_index + quad_row();  // of V, and 8 rows on
+    State dS = load_rows(d_memory_end && in_chain ? d_memory_end + own_memory : nullptr);
+    Operand down = {};                               // P_down, [16 of V, RANK] ("read")
+    Sums dZ[SLABS], d_up[SLABS], d_down = zeros();   // [16 of K, RANK], [RANK, 16 of K], [16 of V, RANK] ("read")
+    float4 wide_down[2] = {};                        // P_down, two rows, RANK / 4 numbers a lane ("mean")
+    float d_sum[2] = {};                             // gradient of the running sum of outputs, the same rows ("mean")
+    float4 d_end = {}, d_raw = {};                   // gradient of the content, behind the last token and now ("mean")
+    float d_write[2][2] = {}, d_erase_shift[SLABS][2][2] = {}, d_write_shift = 0;
 #pragma unroll
-          for (int m = 0; m < ROWS; ++m)
-            multiply(sums, negate(dr.block(s).load(0, 16 * m)), v_new.block(s).load(0, 16 * m));
-          for_each(sums, [&](float& x, int i, int j) {
-            x = i > j ? x : 0;
-            dA_wide[(s * 16 + i) * 16 + j] = x;
+    for (int i = 0; i < SLABS; ++i) {
+      dZ[i] = d_up[i] = zeros();
+      if constexpr (READ)
+        if (d_content_end && warp_index + i * WORKERS < COLUMNS)
+          for_each(dZ[i], [&](float& x, int row, int r) {
+            if (r < R) x = d_content_end[(own * K + 16 * (warp_index + i * WORKERS) + row) * R + r];
           });
-          dA_bf16.block(s).store(0, 0, round_to_bf16(sums));
-        }
-        if (thread < TILE) {
-          float x = 0;
-          if (into_write && thread < count) {
+    }
+    if (READ && in_chain)
 #pragma unroll
-            for (int i = 0; i < WARPS; ++i) x += da[i * TILE + thread];
-            x *= p.a[thread] * (1 - p.a[thread]);
-          }
-          d_logit[thread] = x;
-          d_write_shift += x;
+      for (int i = 0; i < 4; ++i) {
+        const int r = 8 * (i >> 1) + quad_column();
+        const float* p = p_down + (part * V + row_of_lane + 8 * (i & 1)) * R + r;
+        down.x[i] = pack<Bf16>(r < R ? p[0] : 0, r + 1 < R ? p[1] : 0);
+      }
+    if constexpr (MEAN) {
+      const auto four = [&](const float* p) {  // of R numbers, this lane's
+        const int r = 4 * (lane() & 3);
+        return make_float4(r < R ? p[r] : 0, r + 1 < R ? p[r + 1] : 0, r + 2 < R ? p[r + 2] : 0, r + 3 < R ? p[r + 3] : 0);
+      };
+      if (d_content_end) d_end = d_raw = four(d_content_end + own * R);
+      if (in_chain)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          wide_down[i] = four(p_down + (part * V + row_of_lane + 8 * i) * R);
+          d_sum[i] = d_content_sum_end ? d_content_sum_end[own_part * V + row_of_lane + 8 * i] : 0;
         }
-        sync();
+    }
+    float* da = (float*)(shared + O_DA);             // addends of the write gate's gradient, [ROWS, TILE] ("read")
+    int meeting = 0;
 
-#pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab) {
-          const int first_column = 16 * (warp() + slab * WARPS);
-          if (first_column >= K) continue;
-          Sums S[ROWS];  // [16 of K, V]
-#pragma unroll
-          for (int m = 0; m < ROWS; ++m) {
-            const uint4* from = (const uint4*)states + ((state_slot * HV + head) * ROWS + m) * COLUMNS * 32 + (first_column / 16) * 32 + lane();
-            S[m] = widen(transpose(as_operand(*from)));
-          }
+    for (int chunk = sequence.chunks - 1; chunk >= 0; --chunk) {
+      const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
+      const i64 slot_of_chunk = (sequence.slot + chunk) * HV + head;
+      if (MEAN && in_chain && (lane() & 3) == 0) {
+        float* to = passed + slot_of_chunk * (SPLIT * V + K + 4) + rank * V + row_of_lane;
+        to[0] = d_sum[0], to[8] = d_sum[1];
+      }
+
+      for (int first = first_of_chunk + (last_of_chunk - first_of_chunk - 1) / TILE * TILE; first >= first_of_chunk;
+           first -= TILE) {
+        const int count = min(TILE, last_of_chunk - first), blocks = (count + BLOCK - 1) / BLOCK;
+        const i64 token = sequence.begin + first;
+        const i64 state_slot = sequence.slot_of(chunk, first - first_of_chunk, SAVE) * parts + part;
+        const i64 block_slot = sequence.slot_of(chunk, first - first_of_chunk, BLOCK);
+        const auto slot_of = [&](int s) { return ring.after(blocks - 1 - s).at(); };
+
+        // -- the gradient of the state runs through the blocks, each warp with 16 rows of V on its own --
+        if (in_chain)
 #pragma unroll 1
-          for (int s = 0; s < blocks; ++s) {
-            const bool strong = p.strong[s];
-            Sums sums[2] = {zeros(), zeros()}, dk_in;
+          for (int s = blocks - 1; s >= 0; --s) {
+            const Ring here = ring.after(blocks - 1 - s);
+            const Slot slot = here.at();
+            u32 v_pairs[4];
+            if (into_write)
 #pragma unroll
-            for (int m = 0; m < ROWS; m += 4) {  // operands ahead of the products that wait for each other
-              Operand dr_m[4];
+              for (int i = 0; i < 4; ++i) {
+                const int row = min(16 * s + quad_row() + 8 * (i & 1), count - 1);
+                const int column = 16 * warp_index + 8 * (i >> 1) + quad_column();
+                v_pairs[i] = ((const u32*)v)[(((token + row) * parts + part) * V + column) / 2];
+              }
+            wait(here.full(), here.phase);
+            if (s == blocks - 1) {
+              uint4* to = (uint4*)d_states + (state_slot * ROWS + warp_index) * (COLUMNS * 32) + lane();
 #pragma unroll
-              for (int i = 0; i < 4; ++i) dr_m[i] = dr.block(s).load(0, 16 * (m + i));
-#pragma unroll
-              for (int i = 0; i < 4; ++i) multiply(sums[i & 1], dr_m[i], round_to_bf16(S[m + i]));
+              for (int m = 0; m < COLUMNS; ++m) to[32 * m] = as_uint4(round_to_bf16(dS.x[m]));
             }
+            Operand d_rows = slot.d().load_transposed(0, 16 * warp_index);
+            if constexpr (MEAN || HALF)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float2 x = unpack<Input>(d_rows.x[i]);
+                d_rows.x[i] = pack<Bf16>(x.x + d_sum[i & 1], x.y + d_sum[i & 1]);
+              }
+            const bool strong = slot.strong();
+            if (!strong) decay_state(dS, slot);  // its keys are decayed to the block's beginning
+            Sums y[4] = {zeros(), zeros(), zeros(), zeros()};
+            multiply(y[3], d_rows, slot.M().load_transposed(0, 0));
+#pragma unroll
+            for (int m = 0; m < COLUMNS; ++m) multiply(y[m & 3], round_to_bf16(dS.x[m]), slot.keys().load(0, 16 * m));
+            if (strong) decay_state(dS, slot);
 #pragma unroll
             for (int t = 0; t < 2; ++t)
 #pragma unroll
-              for (int i = 0; i < 4; ++i) dk_in.x[t][i] = -(sums[0].x[t][i] + sums[1].x[t][i]);
-            if (!strong) multiply(dk_in, dA_bf16.block(s).load(0, 0), p.k_out.block(s).load_transposed(0, first_column));
-
-            Operand dx_rows;
+              for (int i = 0; i < 4; ++i) y[0].x[t][i] = (y[0].x[t][i] + y[1].x[t][i]) + (y[2].x[t][i] + y[3].x[t][i]);
+            Sums dr_sums = zeros();
+            multiply(dr_sums, round_to_bf16(y[0]), slot.T().load_transposed(0, 0));
+            const Operand dr_rows = round_to_bf16(dr_sums), minus = negate(dr_rows);
 #pragma unroll
-            for (int t = 0; t < 2; ++t)
+            for (int m = 0; m < COLUMNS; ++m) {
+              multiply(dS.x[m], d_rows, slot.q().load_transposed(0, 16 * m));
+              multiply(dS.x[m], minus, slot.bk_in().load_transposed(0, 16 * m));
+            }
+            ((uint4*)d_edits)[(((block_slot + s) * parts + part) * ROWS + warp_index) * 32 + lane()] = as_uint4(dr_rows);
+            if constexpr (!SEES) {
+              warp_sync();
+              if (lane() == 0) arrive(here.free());
+              continue;
+            }
+            const Operand dr_t = transpose(dr_rows);
+            slot.d().store(0, 16 * warp_index, dr_t);
+            if (into_write) {
+              float sums[2] = {0, 0};
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const float2 x = unpack<Input>(v_pairs[i]), dr = unpack<Bf16>(dr_t.x[i]);
+                sums[i & 1] += x.x * dr.x + x.y * dr.y;
+              }
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
-                const int row = quad_row() + 8 * i, column = first_column + 8 * t + quad_column();
-                const float2 logit = unpack<Input>(p.e.pair(16 * s + row, column)), shift = erase_shift(seen, column);
-                const float keep_x = 1 - sigmoid(logit.x + shift.x), keep_y = 1 - sigmoid(logit.y + shift.y);
-                float2 x = make_float2(dk_in.x[t][2 * i], dk_in.x[t][2 * i + 1]);
-                if (strong) {  // pair by pair, decay summed up from token i backwards
-                  float2 sum = make_float2(0, 0), pairs = make_float2(0, 0);
-                  const float* g_row = g + ((token + 16 * s) * H_g + g_head) * K + column;
-                  for (int j = min(row, count - 16 * s - 1); j >= 0; --j) {
-                    const float2 more = *(const float2*)(g_row + (i64)j * H_g * K);
-                    sum = make_float2(sum.x + fmaxf(LOG2_E * more.x, GONE), sum.y + fmaxf(LOG2_E * more.y, GONE));
-                    if (j == 0) break;
-                    const float2 y = unpack<Input>(p.k.pair(16 * s + j - 1, column));
-                    const float A = dA_wide[(s * 16 + row) * 16 + j - 1];
-                    pairs.x += A * y.x * exp2_(sum.x), pairs.y += A * y.y * exp2_(sum.y);
-                  }
-                  const float2 y = unpack<Input>(p.k.pair(16 * s + row, column));
-                  x.x = (x.x * exp2_(sum.x) + pairs.x) * y.x * (1 - keep_x) * top * keep_x;
-                  x.y = (x.y * exp2_(sum.y) + pairs.y) * y.y * (1 - keep_y) * top * keep_y;
-                } else {
-                  const float2 y = unpack<Bf16>(p.bk_in.pair(16 * s + row, column));
-                  x.x *= y.x * keep_x, x.y *= y.y * keep_y;
-                }
-                d_erase_shift[slab][t][0] += x.x, d_erase_shift[slab][t][1] += x.y;
-                dx_rows.x[2 * t + i] = pack<Bf16>(x.x, x.y);
-              }
-            if constexpr (READ) dx.block(s).store(0, first_column, dx_rows);
-
-            if (s + 1 < blocks) {  // the state before the next block
-              const Operand k_end = p.k_end.block(s).load_transposed(0, first_column);
-              const float decay[2] = {p.decay[s * K + first_column + quad_row()], p.decay[s * K + first_column + quad_row() + 8]};
-#pragma unroll
-              for (int m = 0; m < ROWS; m += 4) {
-                Operand v_m[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) v_m[j] = v_new.block(s).load_transposed(0, 16 * (m + j));
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                  for (int t = 0; t < 2; ++t)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) S[m + j].x[t][i] *= decay[i >> 1];
-                  multiply(S[m + j], k_end, v_m[j]);
-                }
+                const int row = quad_row() + 8 * i;
+                const float a = slot.a()[row], x = quad_sum(sums[i]) * a * (1 - a);
+                if constexpr (MEAN) d_write_shift += x;  // the same in the four lanes of a row
+                if (READ && (lane() & 3) == 0) da[warp_index * TILE + 16 * s + row] = x;
               }
             }
           }
-        }
-      }
 
-      // -- "read": from the gates' logits to what they read in the memory, a block a warp, and to the projections --
-      if constexpr (READ) {
-        sync();
-        if (warp() < blocks) {
-          const int s = warp();
-          float root[2];
-          Sums z_block = read_memory(seen, p.k.block(s), root), dz_block = zeros();
-          z_block = scale_rows(z_block, root);
-#pragma unroll
-          for (int m = 0; m < COLUMNS; ++m) multiply(dz_block, dx.block(s).load(0, 16 * m), seen.up.load(0, 16 * m));
-          for_each(dz_block, [&](float& x, int row, int r) { x += d_logit[16 * s + row] * seen.write[r]; });
-#pragma unroll
-          for (int t = 0; t < 2; ++t)
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-              d_write[t][j] += z_block.x[t][j] * d_logit[16 * s + quad_row()] + z_block.x[t][2 + j] * d_logit[16 * s + quad_row() + 8];
-          if constexpr (RMS) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              float dot = 0;
-#pragma unroll
-              for (int t = 0; t < 2; ++t)
-                dot += z_block.x[t][2 * i] * dz_block.x[t][2 * i] + z_block.x[t][2 * i + 1] * dz_block.x[t][2 * i + 1];
-              dot = quad_sum(dot) / R;
-#pragma unroll
-              for (int t = 0; t < 2; ++t)
-#pragma unroll
-                for (int j = 2 * i; j < 2 * i + 2; ++j) dz_block.x[t][j] = root[i] * (dz_block.x[t][j] - z_block.x[t][j] * dot);
-            }
-          }
-          const Operand dz_rows = round_to_bf16(dz_block);
-          dz.block(s).store(0, 0, dz_rows);
-          z.block(s).store(0, 0, round_to_bf16(z_block));
-          ((uint4*)d_z_all)[((block_slot + s) * HV + head) * 32 + lane()] = as_uint4(dz_rows);
-        }
-        sync();
-#pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab) {
-          const int first_column = 16 * (warp() + slab * WARPS);
-          if (first_column >= K) continue;
-#pragma unroll 1
-          for (int s = 0; s < blocks; ++s) {
-            multiply(dZ[slab], to_bf16<Input>(p.k.block(s).load_transposed(0, first_column)), dz.block(s).load_transposed(0, 0));
-            multiply(d_up[slab], z.block(s).load_transposed(0, 0), dx.block(s).load_transposed(0, first_column));
-          }
-        }
-
-        // a chunk's content came from the memory at its beginning
-        if (first == first_of_chunk && chunk > 0) {
-          sync();
+        // -- what the content sends back --
+        if constexpr (SEES) {
+          uint4 S[SLABS][ROWS];  // S^T as saved, to be transposed: rows of V, 16 columns of K
 #pragma unroll
           for (int slab = 0; slab < SLABS; ++slab)
-            if (warp() + slab * WARPS < COLUMNS) {
-              dZ_shared.store(16 * (warp() + slab * WARPS), 0, round_to_bf16(dZ[slab]));
-              dZ[slab] = zeros();
-            }
-          sync();
-          const Operand down = seen.down.load_transposed(0, 16 * warp());
-          const uint4* from = saved_state((u32*)states, state_slot, HV, head);
 #pragma unroll
-          for (int m = 0; m < COLUMNS; ++m) {
-            multiply(dS.x[m], down, dZ_shared.load(16 * m, 0));
-            multiply(d_down, as_operand(from[32 * m]), dZ_shared.load_transposed(16 * m, 0));
+            for (int m = 0; m < ROWS; ++m) {
+              const int column = min(warp_index + slab * WORKERS, COLUMNS - 1);
+              S[slab][m] = ((const uint4*)states)[((state_slot * ROWS + m) * COLUMNS + column) * 32 + lane()];
+            }
+          sync_workers();
+          for (int job = warp_index; job < blocks * (blocks + 1) / 2; job += WORKERS) {
+            const int s = (job > 0) + (job > 2) + (job > 5), j = job - s * (s + 1) / 2;
+            const Slot slot = slot_of(s);
+            const uint4* v_new = slot_of(j).edits() + lane();
+            Sums sums[2] = {zeros(), zeros()};
+#pragma unroll
+            for (int m = 0; m < ROWS; ++m)
+              multiply(sums[m & 1], slot.d().load(0, 16 * m), transpose(as_operand(v_new[32 * m])));
+            for_each(sums[0], [&](float& x, int row, int column) {
+              x = s > j || row > column ? x + sums[1].x[column >> 3][2 * (row >> 3) + (column & 1)] : 0;
+            });
+            slot.P().store(0, 16 * j, round_to_bf16(sums[0]));
+          }
+          sync_workers();
+
+#pragma unroll
+          for (int slab = 0; slab < SLABS; ++slab) {
+            const int first_column = 16 * (warp_index + slab * WORKERS);
+            if (first_column >= K) continue;
+            Sums dk_in[BLOCKS];  // less a sign
+#pragma unroll
+            for (int s = 0; s < BLOCKS; ++s) dk_in[s] = zeros();
+#pragma unroll
+            for (int m = 0; m < ROWS; ++m) {
+              const Operand S_m = transpose(as_operand(S[slab][m]));
+#pragma unroll
+              for (int s = 0; s < BLOCKS; ++s)
+                if (s < blocks) multiply(dk_in[s], slot_of(s).d().load(0, 16 * m), S_m);
+            }
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+              if (j >= blocks) break;
+              const Slot slot = slot_of(j);
+              const bool strong = slot.strong();
+              const Operand keys = slot.keys().load_transposed(0, first_column);
+              const float4 decay = slot.decay_of_lane(first_column / 16);
+              if (!strong) multiply(dk_in[j], slot.P().load(0, 16 * j), keys);
+#pragma unroll
+              for (int s = j + 1; s < BLOCKS; ++s)
+                if (s < blocks) {
+                  if (strong) decay_sums(dk_in[s], decay);
+                  multiply(dk_in[s], slot_of(s).P().load(0, 16 * j), keys);
+                  if (!strong) decay_sums(dk_in[s], decay);
+                }
+#pragma unroll
+              for (int t = 0; t < 2; ++t)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  const int row = quad_row() + 8 * i, column = first_column + 8 * t + quad_column();
+                  u32& pair = slot.e().pair(row, column);
+                  float2 x = make_float2(dk_in[j].x[t][2 * i], dk_in[j].x[t][2 * i + 1]);
+                  if (strong) {  // pair by pair, decay summed up from token i backwards
+                    float2 sum = make_float2(0, 0), pairs = make_float2(0, 0);
+                    const int H_of_g = H_g, g_head = head / (HV / H_g);
+                    const float* g_row = g + ((token + 16 * j) * H_of_g + g_head) * K + column;
+                    for (int i = min(row, count - 16 * j - 1); i >= 0; --i) {
+                      const float2 more = *(const float2*)(g_row + (i64)i * H_of_g * K);
+                      sum = make_float2(sum.x + fmaxf(LOG2_E * more.x, GONE), sum.y + fmaxf(LOG2_E * more.y, GONE));
+                      if (i == 0) break;
+                      const float2 y = unpack<Input>(slot.k().pair(i - 1, column));
+                      const float P = unpack<Bf16>(*(unsigned short*)slot.P().at(row, 16 * j + i - 1)).x;
+                      pairs.x += P * y.x * exp2_(sum.x), pairs.y += P * y.y * exp2_(sum.y);
+                    }
+                    x = make_float2(x.x * exp2_(sum.x) + pairs.x, x.y * exp2_(sum.y) + pairs.y);
+                  }
+                  const float2 weight = unpack<Bf16>(pair);
+                  x = make_float2(-x.x * weight.x, -x.y * weight.y);
+                  d_erase_shift[slab][t][0] += x.x, d_erase_shift[slab][t][1] += x.y;
+                  if constexpr (READ) pair = pack<Bf16>(x.x, x.y);
+                }
+            }
           }
         }
+
+        // -- "read": from the gates' logits to what they read in the memory, a block a warp, and to the projections --
+        if constexpr (READ) {
+          sync_workers();
+          if (warp_index < BLOCKS) {
+            const int s = warp_index;
+            const Slot slot = slot_of(s < blocks ? s : 0);
+            Sums dz = zeros(), odd = zeros();
+            float d_logit[2] = {0, 0};
+            if (s < blocks) {
+#pragma unroll
+              for (int m = 0; m < COLUMNS; m += 2) {
+                multiply(dz, slot.e().load(0, 16 * m), up.load(0, 16 * m));
+                multiply(odd, slot.e().load(0, 16 * m + 16), up.load(0, 16 * m + 16));
+              }
+              if (into_write)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+#pragma unroll
+                  for (int m = 0; m < ROWS; ++m) d_logit[i] += da[m * TILE + 16 * s + quad_row() + 8 * i];
+              for_each(dz, [&](float& x, int row, int r) {
+                x += odd.x[r >> 3][2 * (row >> 3) + (r & 1)] + d_logit[row >> 3] * write[r];
+              });
+            }
+            if constexpr (SPLIT > 1) {  // the other program's addend
+              float4* met = (float4*)(shared + O_MET) + (meeting % 2 * BLOCKS + s) * 64 + lane();
+#pragma unroll
+              for (int t = 0; t < 2; ++t)
+                store_into_program(met + 32 * t, rank ^ 1, make_float4(dz.x[t][0], dz.x[t][1], dz.x[t][2], dz.x[t][3]));
+              warp_sync();
+              if (lane() == 0) arrive_at_program(heard, rank ^ 1);
+              wait_for_cluster(heard, meeting % 2);
+#pragma unroll
+              for (int t = 0; t < 2; ++t) {
+                const float4 x = met[32 * t];
+                dz.x[t][0] += x.x, dz.x[t][1] += x.y, dz.x[t][2] += x.z, dz.x[t][3] += x.w;
+              }
+            }
+            if (s < blocks) {
+              Sums z;
+#pragma unroll
+              for (int t = 0; t < 2; ++t) {
+                const float4 x = slot.zs()[t];
+                z.x[t][0] = x.x, z.x[t][1] = x.y, z.x[t][2] = x.z, z.x[t][3] = x.w;
+              }
+#pragma unroll
+              for (int i = 0; i < 2; ++i) {
+                const float root = slot.roots()[quad_row() + 8 * i];
+                float along = 0;
+#pragma unroll
+                for (int t = 0; t < 2; ++t)
+#pragma unroll
+                  for (int j = 0; j < 2; ++j) {
+                    d_write[t][j] += z.x[t][2 * i + j] * d_logit[i];
+                    along += z.x[t][2 * i + j] * dz.x[t][2 * i + j];
+                  }
+                along = RMS ? quad_sum(along) / R : 0;
+#pragma unroll
+                for (int t = 0; t < 2; ++t)
+#pragma unroll
+                  for (int j = 2 * i; j < 2 * i + 2; ++j) dz.x[t][j] = root * (dz.x[t][j] - z.x[t][j] * along);
+              }
+              const Operand dz_rows = round_to_bf16(dz);
+              slot.dz().store(0, 0, dz_rows);
+              slot.z().store(0, 0, round_to_bf16(z));
+              if (rank == 0) ((uint4*)d_z_all)[((block_slot + s) * HV + head) * 32 + lane()] = as_uint4(dz_rows);
+            }
+          }
+          ++meeting;
+          sync_workers();
+#pragma unroll
+          for (int slab = 0; slab < SLABS; ++slab) {
+            const int first_column = 16 * (warp_index + slab * WORKERS);
+            if (first_column >= K) continue;
+#pragma unroll 1
+            for (int s = 0; s < blocks; ++s) {
+              const Slot slot = slot_of(s);
+              multiply(dZ[slab], to_bf16<Input>(slot.k().load_transposed(0, first_column)), slot.dz().load_transposed(0, 0));
+              multiply(d_up[slab], slot.z().load_transposed(0, 0), slot.e().load_transposed(0, first_column));
+            }
+          }
+
+          // a chunk's content came from the memory at its beginning
+          if (first == first_of_chunk && chunk > 0) {
+            const Matrix<16> dZ_shared = slot_of(0).dZ();
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab)
+              if (warp_index + slab * WORKERS < COLUMNS) {
+                dZ_shared.store(16 * (warp_index + slab * WORKERS), 0, round_to_bf16(dZ[slab]));
+                dZ[slab] = zeros();
+              }
+            sync_workers();
+            if (in_chain) {
+              const uint4* from = (const uint4*)states + (state_slot * ROWS + warp_index) * (COLUMNS * 32) + lane();
+#pragma unroll
+              for (int m = 0; m < COLUMNS; ++m) {
+                multiply(dS.x[m], down, dZ_shared.load(16 * m, 0));
+                multiply(d_down, as_operand(from[32 * m]), dZ_shared.load_transposed(16 * m, 0));
+              }
+            }
+          }
+        }
+
+        // -- "mean": from the gates' logits to the content, and to the outputs of the chunk before --
+        if constexpr (MEAN)
+          if (first == first_of_chunk) {
+            float* to_sums = d_contents + (slot_of_chunk * SPLIT + rank) * (RANK + K + 4);
+            float dz[2] = {0, 0};  // numbers 2 quad_row() and the next of d_shift P_up^T, over this warp's columns
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab) {
+              const int column = 16 * (warp_index + slab * WORKERS) + quad_column();
+              if (column >= K) continue;
+#pragma unroll
+              for (int t = 0; t < 2; ++t) {
+                float2 x = make_float2(column_sum(d_erase_shift[slab][t][0]), column_sum(d_erase_shift[slab][t][1]));
+                d_erase_shift[slab][t][0] = d_erase_shift[slab][t][1] = 0;
+                if (quad_row() == 0) *(float2*)(to_sums + RANK + column + 8 * t) = x;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                  const float2 y = *(const float2*)(wide_up + (2 * quad_row() + i) * K + column + 8 * t);
+                  dz[i] += x.x * y.x + x.y * y.y;
+                }
+              }
+            }
+            float d_write_sum = 0;
+            if (into_write) d_write_sum = column_sum(d_write_shift);
+            d_write_shift = 0;
+            float4 addend;
+            addend.x = quad_sum(dz[0]) + d_write_sum * write[2 * quad_row()];
+            addend.y = quad_sum(dz[1]) + d_write_sum * write[2 * quad_row() + 1];
+            addend.z = shuffle_xor(addend.x, 4), addend.w = shuffle_xor(addend.y, 4);
+            if (lane() == 1) addend = make_float4(d_write_sum, 0, 0, 0);
+            float* met = (float*)(shared + O_MET) + meeting % 2 * (SPLIT * WORKERS * NUMBERS);
+            float4* to = (float4*)(met + (rank * WORKERS + warp_index) * NUMBERS) + (lane() == 1 ? 4 : lane() >> 3);
+            const bool sends = lane() % 8 == 0 || lane() == 1;
+            if constexpr (SPLIT > 1) {
+              if (sends)
+                for (int i = 0; i < SPLIT; ++i) store_into_program(to, i, addend);
+              warp_sync();
+              if (lane() < SPLIT) arrive_at_program(heard, lane());
+              wait_for_cluster(heard, meeting % 2);
+            } else {
+              if (sends) *to = addend;
+              warp_sync();
+              if (lane() == 0) arrive(heard);
+              wait(heard, meeting % 2);
+            }
+            ++meeting;
+            float4 d_z = {0, 0, 0, 0};
+            const int r = 4 * (lane() & 3);
+#pragma unroll
+            for (int i = 0; i < SPLIT * WORKERS; ++i) {
+              const float4 x = *(const float4*)(met + i * NUMBERS + r);
+              d_z.x += x.x, d_z.y += x.y, d_z.z += x.z, d_z.w += x.w;
+            }
+            const float4 raw = *(const float4*)(slot_of(0).raw() + r);
+            float root = 1, along = 0;
+            if constexpr (RMS) {
+              root = reciprocal_root(quad_sum(dot(raw, raw)) / R + 1e-8f);
+              along = root * root * quad_sum(dot(raw, d_z)) / R;
+            }
+            d_raw = make_float4(d_end.x + root * (d_z.x - raw.x * along), d_end.y + root * (d_z.y - raw.y * along),
+                                d_end.z + root * (d_z.z - raw.z * along), d_end.w + root * (d_z.w - raw.w * along));
+            d_end = make_float4(0, 0, 0, 0);
+            if (chunk > 0)
+#pragma unroll
+              for (int i = 0; i < 2; ++i) d_sum[i] = quad_sum(dot(wide_down[i], d_raw)) / C;
+            if (rank == 0 && warp_index == 0 && lane() < 4) {
+              if (chunk > 0) *(float4*)(to_sums + r) = d_raw;
+              if (lane() == 0) {
+                float x = 0;
+                for (int i = 0; i < SPLIT * WORKERS; ++i) x += met[i * NUMBERS + RANK];
+                to_sums[RANK + K] = x;
+              }
+            }
+          }
+
+        if constexpr (SEES) {
+          warp_sync();
+          if (lane() == 0)
+            for (int s = 0; s < blocks; ++s) arrive(ring.after(s).free());
+        }
+        ring.step(blocks);
       }
-      sync();
     }
 
-    // -- "mean": from the gates' logits to the content, and to the outputs of the chunk before --
+    // -- gradients of the projections and of the state before the first token --
+    if (d_memory && in_chain) store_rows(d_memory + own_memory, dS);
     if constexpr (MEAN) {
+      if (d_content && rank == 0 && warp_index == 0 && lane() < 4) {
+        const float x[4] = {d_raw.x, d_raw.y, d_raw.z, d_raw.w};
 #pragma unroll
-      for (int slab = 0; slab < SLABS; ++slab)
+        for (int i = 0; i < 4; ++i)
+          if (4 * lane() + i < R) d_content[own * R + 4 * lane() + i] = x[i];
+      }
+      if (d_content_sum && in_chain && (lane() & 3) == 0)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) d_content_sum[own_part * V + row_of_lane + 8 * i] = d_sum[i];
+    }
+    if constexpr (READ) {
+      if (in_chain)
+        for_each(d_down, [&](float& x, int row, int r) {
+          if (r < R) d_p_down[(own_part * V + 16 * warp_index + row) * R + r] = x;
+        });
+      sync_workers();  // none needs its slots
+#pragma unroll
+      for (int slab = 0; slab < SLABS; ++slab) {
+        const int first_column = 16 * (warp_index + slab * WORKERS);
+        if (first_column >= K) continue;
+        for_each(dZ[slab], [&](float& x, int row, int r) {
+          if (d_content && rank == 0 && r < R) d_content[(own * K + first_column + row) * R + r] = x;
+        });
+        for_each(d_up[slab], [&](float& x, int r, int column) { last[r * K + first_column + column] = x; });
+      }
+      if (warp_index < BLOCKS)
 #pragma unroll
         for (int t = 0; t < 2; ++t)
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int column = 16 * (warp() + slab * WARPS) + 8 * t + quad_column() + j;
-            const float x = column_sum(d_erase_shift[slab][t][j]);
-            d_erase_shift[slab][t][j] = 0;
-            if (quad_row() == 0 && column < K) d_shift[column] = x;
+            const float x = column_sum(d_write[t][j]);
+            if (quad_row() == 0) last[RANK * K + warp_index * RANK + 8 * t + quad_column() + j] = x;
           }
-      if (warp() < TILE / 32) {
-        const float x = warp_sum(d_write_shift);
-        d_write_shift = 0;
-        if (lane() == 0) d_shift[K + 1 + warp()] = x;
-      }
-      sync();
-      const float d_shift_write = d_shift[K + 1] + d_shift[K + 2];
-      {  // d_z = d_shift P_up^T, a number of it by PARTS threads
-        constexpr int PARTS = THREADS / RANK;
-        const int r = thread / PARTS, part = thread % PARTS;
-        float x = 0;
-#pragma unroll
-        for (int i = 0; i < K / PARTS; ++i) x += d_shift[part + PARTS * i] * seen.wide_up[r * K + part + PARTS * i];
-#pragma unroll
-        for (int mask = 1; mask < PARTS; mask *= 2) x += shuffle_xor(x, mask);
-        if (part == 0) d_z[r] = x + d_shift_write * seen.write[r];
-      }
-      for (int i = thread; i < K + 1; i += THREADS) to_sums[RANK + i] = i < K ? d_shift[i] : d_shift_write;
-      sync();
-      float dr_content[RANK];  // gradient of the content; every thread has it all
-      {
-        float squares = 0, dot = 0;
-#pragma unroll
-        for (int r = 0; r < RANK; ++r) squares += seen.raw[r] * seen.raw[r], dot += seen.raw[r] * d_z[r];
-        const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
-#pragma unroll
-        for (int r = 0; r < RANK; ++r)
-          dr_content[r] = d_end[r] + root * (d_z[r] - (RMS ? seen.raw[r] * root * root * dot / R : 0));
-      }
-      if (thread < RANK && chunk > 0) to_sums[thread] = pick(dr_content, thread);
-      for (int i = thread; i < V; i += THREADS) {
-        float x = 0;
-#pragma unroll
-        for (int r = 0; r < RANK; r += 4) {
-          const float4 down = *(const float4*)(seen.wide_down + i * RANK + r);
-          x += (down.x * dr_content[r] + down.y * dr_content[r + 1]) + (down.z * dr_content[r + 2] + down.w * dr_content[r + 3]);
-        }
-        if (chunk > 0) d_sum[i] = x / C;
-      }
-      sync();
-      if (thread < RANK) d_end[thread] = 0, d_raw[thread] = pick(dr_content, thread);
     }
   }
 
-  // -- gradients of the projections and of the state before the first token --
-  sync();
-  if (d_memory) store_state(d_memory + own * K * V, dS);
-  if constexpr (MEAN) {
-    if (d_content && thread < R) d_content[own * R + thread] = d_raw[thread];
-    if (d_content_sum)
-      for (int i = thread; i < V; i += THREADS) d_content_sum[own * V + i] = d_sum[i];
-  }
   if constexpr (READ) {
-    for_each(d_down, [&](float& x, int row, int r) {
-      if (r < R) d_p_down[(own * V + 16 * warp() + row) * R + r] = x;
-    });
-#pragma unroll
-    for (int slab = 0; slab < SLABS; ++slab) {
-      const int first_column = 16 * (warp() + slab * WARPS);
-      if (first_column >= K) continue;
-      for_each(dZ[slab], [&](float& x, int row, int r) {
-        if (d_content && r < R) d_content[(own * K + first_column + row) * R + r] = x;
-      });
-      for_each(d_up[slab], [&](float& x, int r, int column) {
-        if (r < R) d_p_up[(own * R + r) * K + first_column + column] = x;
-      });
+    const auto all = [&](int i) { return SPLIT > 1 ? last[i] + load_from_program(last + i, 1) : last[i]; };
+    if constexpr (SPLIT > 1) sync_cluster();
+    else sync();
+    if (rank == 0) {
+      for (int i = thread; i < R * K; i += THREADS) d_p_up[own * R * K + i] = all(i);
+      if (thread < R) {
+        float x = 0;
+        for (int s = 0; s < BLOCKS; ++s) x += all(RANK * K + s * RANK + thread);
+        d_p_write[own * R + thread] = x;
+      }
     }
-    float* partial = da;  // of the write projection, a block of tokens a warp: [BLOCKS, RANK]
-    if (warp() < BLOCKS)
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float x = column_sum(d_write[t][j]);
-          if (quad_row() == 0) partial[warp() * RANK + 8 * t + quad_column() + j] = x;
-        }
-    sync();
-    if (thread < R) {
-      float x = 0;
-#pragma unroll
-      for (int s = 0; s < BLOCKS; ++s) x += partial[s * RANK + thread];
-      d_p_write[own * R + thread] = x;
-    }
+    if constexpr (SPLIT > 1) sync_cluster();  // none has ended while the other reads
   }
 }

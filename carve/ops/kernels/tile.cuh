@@ -10,10 +10,14 @@
 // Operands of the tensor cores are bf16, sums fp32.  exp(-G) is used where a block decays by less than exp(-MILD) in
 // every channel; a strong block, which decays more, goes another way.
 //
-// Compiled for one shape: CARVE_K, CARVE_V, CARVE_TILE, CARVE_INPUT (Bf16 or Fp16), CARVE_CONTENT (0 blind, 1 mean,
+// Where sequences and heads are few, SPLIT programs share a value head, each with V of its values, and meet as a cluster
+// where the content needs all of them.
+//
+// Compiled for one shape: CARVE_K, CARVE_V, CARVE_SPLIT, CARVE_TILE, CARVE_INPUT (Bf16 or Fp16), CARVE_CONTENT (0 blind, 1 mean,
 // 2 read), CARVE_RMS (0 or 1).
 
-constexpr int K = CARVE_K, V = CARVE_V, TILE = CARVE_TILE;
+constexpr int SPLIT = CARVE_SPLIT;        // programs that share a value head
+constexpr int K = CARVE_K, V = CARVE_V / SPLIT, TILE = CARVE_TILE;
 constexpr int BLOCK = 16;                 // tokens over which decay may be divided out
 constexpr int BLOCKS = TILE / BLOCK;
 constexpr int SAVE = 64;                  // tokens between two states saved for the backward, from a chunk's first on
@@ -35,6 +39,12 @@ template <> struct IsHalf<Fp16> { static constexpr bool value = true; };
 constexpr bool HALF = IsHalf<Input>::value;
 
 static_assert(K % 64 == 0 && V % 64 == 0 && SAVE % TILE == 0, "shapes that the kernels are written for");
+
+#if CARVE_SPLIT > 1
+#define CLUSTER __cluster_dims__(CARVE_SPLIT, 1, 1)
+#else
+#define CLUSTER
+#endif
 
 DEVICE int lane() { return thread_index() & 31; }
 DEVICE int warp() { return thread_index() >> 5; }
