@@ -165,7 +165,7 @@ def test_a_compiled_function_chooses_while_it_is_traced(
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a device and its installation are like; a test may change it."""
-    found = {"name": "NVIDIA H100", "capability": (9, 0), "shared_room": 232448, "no_compiler": None}
+    found = {"name": "NVIDIA H100", "capability": (9, 0), "shared_room": 232448, "processors": 132, "no_compiler": None}
     monkeypatch.setattr(cuda, "facts", lambda device: cuda.Device(**found))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return found

@@ -7,21 +7,20 @@
 //
 // so that one pass over S gives both sums over K, and one barrier adds them up across the warps.  A warp has ROWS rows
 // of S and computes their gates.  The SPLIT programs of a head are a cluster; they meet only where a chunk is full, to
-// add up what the next chunk's gates see.  Sums are taken in an order that does not depend on SPLIT, so that a
-// sequence's bits do not depend on how many others there are.
+// add up what the next chunk's gates see.
 //
 // The program that comes last moves a sequence's position.  All others have read it by then: arrivals are counted in
 // the position's upper half, which is 0 before and after.
 //
 // Compiled for one shape: CARVE_K, CARVE_V, CARVE_R, the heads CARVE_H, CARVE_HV, CARVE_H_G and CARVE_H_E (of g and e),
-// CARVE_SPLIT, CARVE_CONTENT (0 blind, 1 mean, 2 read), CARVE_RMS and CARVE_UNIT (0 or 1; unit: q and k get L2 norm 1),
-// and CARVE_TYPE_Q to CARVE_TYPE_WRITE, the inputs' number formats, void for an input that there is none of.
+// CARVE_ROWS, CARVE_SPLIT, CARVE_AHEAD (see below), CARVE_CONTENT (0 blind, 1 mean, 2 read), CARVE_RMS and CARVE_UNIT (0 or
+// 1; unit: q and k get L2 norm 1), and CARVE_TYPE_Q to CARVE_TYPE_WRITE, the inputs' number formats, void for an input that there is none of.
 
 constexpr int K = CARVE_K, V = CARVE_V, R = CARVE_R, SPLIT = CARVE_SPLIT;
 constexpr int H = CARVE_H, HV = CARVE_HV, H_G = CARVE_H_G, H_E = CARVE_H_E;
 constexpr bool MEAN = CARVE_CONTENT == 1, READ = CARVE_CONTENT == 2, RMS = CARVE_RMS, UNIT = CARVE_UNIT;
 constexpr int COLUMNS = V / SPLIT;
-constexpr int ROWS = 16, WARPS = K / ROWS, THREADS = 32 * WARPS;
+constexpr int ROWS = CARVE_ROWS, WARPS = K / ROWS, THREADS = 32 * WARPS;
 
 // Lanes of a warp that lie side by side in a row, with 4 columns each; a row takes PASSES of them, a warp has GROUPS.
 constexpr int QUARTETS = COLUMNS / 4, POWER_OF_2 = QUARTETS & -QUARTETS, LANES = POWER_OF_2 < 32 ? POWER_OF_2 : 32;
@@ -29,6 +28,7 @@ constexpr int PASSES = QUARTETS / LANES, GROUPS = 32 / LANES, STEPS = ROWS / GRO
 
 constexpr int HELD = 4 * STEPS * PASSES;                  // numbers of S that a thread holds
 constexpr int FITTING = (HELD > 64 ? 256 : HELD == 32 ? 768 : 512) / THREADS, PROGRAMS = FITTING > 1 ? FITTING : 1;
+constexpr int AHEAD = CARVE_AHEAD;                        // programs from this one to that whose state it fetches, or 0
 constexpr int SHARE = (COLUMNS + THREADS - 1) / THREADS;  // columns whose outputs a thread writes
 constexpr int RANKS = (R + 31) / 32;                      // of the R numbers, those that a lane has
 constexpr int SEEN = MEAN ? R : READ ? K * R : 0;         // numbers in a head's content
@@ -98,33 +98,11 @@ template <int N, int COUNT, int STRIDE> DEVICE void scatter_sum(float (&x)[N]) {
   }
 }
 
-// The sum of N numbers, neighbours first.
-template <int N> DEVICE float sum_pairs(float (&x)[N]) {
+template <int N> DEVICE float sum(const float (&x)[N]) {
+  float y = x[0];
 #pragma unroll
-  for (int stride = 1; stride < N; stride *= 2)
-#pragma unroll
-    for (int i = 0; i + stride < N; i += 2 * stride) x[i] += x[i + stride];
-  return x[0];
-}
-
-// This thread's part of (b k exp g)^T S and (q exp g)^T S in 4 columns: rows far apart are added first, then nearer
-// ones, and so on across lanes in scatter_sum.
-template <int STEP, int STRIDE>
-DEVICE void sum_rows(float (&y)[8], const float4* rows, const float4 (&S)[STEPS][PASSES], int pass) {
-  if constexpr (2 * STRIDE == STEPS) {
-    const float4 c = rows[STEP * GROUPS], m = S[STEP][pass];
-    const float4 d = rows[(STEP + STRIDE) * GROUPS], n = S[STEP + STRIDE][pass];
-    y[0] = fmaf(d.y, n.x, c.y * m.x), y[1] = fmaf(d.y, n.y, c.y * m.y);
-    y[2] = fmaf(d.y, n.z, c.y * m.z), y[3] = fmaf(d.y, n.w, c.y * m.w);
-    y[4] = fmaf(d.z, n.x, c.z * m.x), y[5] = fmaf(d.z, n.y, c.z * m.y);
-    y[6] = fmaf(d.z, n.z, c.z * m.z), y[7] = fmaf(d.z, n.w, c.z * m.w);
-  } else {
-    float z[8];
-    sum_rows<STEP, 2 * STRIDE>(y, rows, S, pass);
-    sum_rows<STEP + STRIDE, 2 * STRIDE>(z, rows, S, pass);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] += z[i];
-  }
+  for (int i = 1; i < N; ++i) y += x[i];
+  return y;
 }
 
 DEVICE void sync_head() {  // the programs of this head
@@ -153,7 +131,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     const void* q, const void* k, const void* v, const void* g, const void* e, const void* w, const void* p_down,
     const void* p_up, const void* p_write, const i64* lengths, float* memory, float* content, float* content_sum,
     i64* position, void* o, i64 q_row, i64 k_row, i64 v_row, i64 g_row, i64 e_row, i64 w_row, float scale, float top,
-    int T, int C, int update) {
+    int T, int C, int update, int programs) {
   byte* shared = shared_memory();
   const int rank = block_index() % SPLIT, thread = thread_index();
   const int n = block_index() / (HV * SPLIT), head = block_index() / SPLIT % HV;
@@ -222,6 +200,13 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     for (int pass = 0; pass < PASSES; ++pass)
       S[s][pass] = load_once(memory_of_lane + s * GROUPS * V + pass * 4 * LANES);
 
+  if constexpr (AHEAD > 0)  // into the cache, for a program that has not begun
+    if (const i64 next = (i64)block_index() + AHEAD; next < programs) {
+      const float* from = memory + next / SPLIT * (K * V) + next % SPLIT * COLUMNS;
+      constexpr int LINES = (COLUMNS + 31) / 32;
+#pragma unroll
+      for (int i = thread; i < K * LINES; i += THREADS) fetch_into_cache(from + i / LINES * V + i % LINES * 32);
+    }
   if (begin >= (u32)C || taken < 0 || taken > T) stop();
   const int count = (int)taken;
   u32 arrivals = 0;  // of other programs, before this one
@@ -301,8 +286,14 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
     // -- sums over this warp's rows --
 #pragma unroll
     for (int pass = 0; pass < PASSES; ++pass) {
-      float y[8];
-      sum_rows<0, 1>(y, rows + group, S, pass);
+      float y[8] = {};  // of (b k exp g)^T S, then of (q exp g)^T S
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        const float4 c = rows[s * GROUPS + group], m = S[s][pass];
+        y[0] = fmaf(c.y, m.x, y[0]), y[1] = fmaf(c.y, m.y, y[1]), y[2] = fmaf(c.y, m.z, y[2]);
+        y[3] = fmaf(c.y, m.w, y[3]), y[4] = fmaf(c.z, m.x, y[4]), y[5] = fmaf(c.z, m.y, y[5]);
+        y[6] = fmaf(c.z, m.z, y[6]), y[7] = fmaf(c.z, m.w, y[7]);
+      }
       scatter_sum<8, GROUPS, LANES>(y);
       constexpr int LEFT = 8 / GROUPS;
       const int i = group * LEFT;
@@ -376,7 +367,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
               const float down = Number<CARVE_TYPE_DOWN>::load(p_down, ((i64)head * V + first_column + column) * R + r);
               y[i] = warp_sum(lane() + 32 * i < COLUMNS ? totals[column] * down : 0);
             }
-            if (lane() == 0) parts[r] = sum_pairs(y);
+            if (lane() == 0) parts[r] = sum(y);
           }
         }
         if constexpr (READ) {
@@ -410,7 +401,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
                 for (int mask = 4; mask < LANES; mask *= 2) z[pass] += shuffle_xor(z[pass], mask);
               }
               const int r = first + lane() % 4;
-              if (lane() % LANES < 4 && r < R) parts[(first_row + s * GROUPS + group) * R + r] = sum_pairs(z);
+              if (lane() % LANES < 4 && r < R) parts[(first_row + s * GROUPS + group) * R + r] = sum(z);
             }
           }
         }
@@ -420,7 +411,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, PROGRAMS) carve_decode(
           float y[SPLIT];
 #pragma unroll
           for (int j = 0; j < SPLIT; ++j) y[j] = load_from_head(parts + i, j);
-          seen[i] = sum_pairs(y) / (MEAN ? C : 1);
+          seen[i] = sum(y) / (MEAN ? C : 1);
         }
         sync_head();
         if constexpr (MEAN)

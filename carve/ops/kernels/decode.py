@@ -24,9 +24,18 @@ COLUMNS = 128  # of a program, more only if need be: beyond, registers are left 
 # -- what the kernel serves, and how it is launched --
 
 
+def rows_of_warp(K: int, columns: int) -> int:
+    """Rows of the state that a warp of a program with so many columns holds.
+
+    More rows mean fewer warps that all compute the same, and more bytes in flight; 32 need a multiple of them,
+    and registers.
+    """
+    return 32 if K % 32 == 0 and columns <= 64 else 16
+
+
 def shared_bytes(K: int, V: int, R: int, split: int, content: str, up: int) -> int:
     """Shared memory of a program, `up` the bytes of a number of p_up; the kernel checks that it is enough."""
-    columns, warps = V // split, K // STEP
+    columns, warps = V // split, K // rows_of_warp(K, V // split)
     seen = {"blind": 0, "mean": R, "read": K * R}[content]
     size = 16 * K + 16 * warps * columns + 8 * columns + 32 * warps
     size += 4 * columns * (content == "mean") + up * K * R * (seen > 0) + 4 * warps * R * (content == "read")
@@ -50,8 +59,6 @@ def choose_split(K: int, V: int, R: int, content: str, up: int, device: int) -> 
         and shared_bytes(K, V, R, split, content, up) <= gpu.shared_room
         and (split == 1 or not meets or gpu.capability >= (9, 0))
     ]
-    if V & (V - 1):  # sums over V would depend on the split, and so on the batch
-        return next(iter(fitting), None)
     filling = [split for split in fitting if split >= 4 and V // split <= COLUMNS]
     return next(iter(filling[:1] or fitting[-1:]), None)
 
@@ -94,6 +101,7 @@ def variant(
     R: int,
     heads: tuple[int, ...],
     split: int,
+    ahead: int,
     content: str,
     rms: bool,
     unit: bool,
@@ -106,11 +114,12 @@ def variant(
     names = ("Q", "K", "V", "G", "E", "W", "DOWN", "UP", "WRITE")
     formats = ("void" if dtype is None else TYPES[dtype] for dtype in types)
     size = shared_bytes(K, V, R, split, content, 0 if types[7] is None else types[7].itemsize)
-    values: dict[str, Any] = {"K": K, "V": V, "R": R, "SPLIT": split, "CONTENT": CONTENTS[content]}
+    rows = rows_of_warp(K, V // split)
+    values: dict[str, Any] = {"K": K, "V": V, "R": R, "ROWS": rows, "SPLIT": split, "AHEAD": ahead}
     values |= dict(zip(("H", "HV", "H_G", "H_E"), heads, strict=True))
-    values |= {"RMS": int(rms), "UNIT": int(unit), "SHARED": size}
+    values |= {"CONTENT": CONTENTS[content], "RMS": int(rms), "UNIT": int(unit), "SHARED": size}
     values |= {f"TYPE_{name}": value for name, value in zip(names, formats, strict=True)}
-    return 32 * K // STEP, size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
+    return 32 * K // rows, size, tuple((f"CARVE_{key}", str(value)) for key, value in values.items())
 
 
 def variant_of(x: Tokens, p: Projections, options: Options) -> tuple[int, int, int, compiler.Constants]:
@@ -121,7 +130,9 @@ def variant_of(x: Tokens, p: Projections, options: Options) -> tuple[int, int, i
     kind, rms = options.content or "blind", options.content_norm == "rms"
     types = tuple(None if y is None else y.dtype for y in (*x, *p))
     heads = tuple(y.shape[2] for y in (x.q, x.v, x.g, x.e))
-    return split, *variant(x.q.shape[3], x.v.shape[3], R, heads, split, kind, rms, options.qk_l2norm, types)
+    some = 4 * facts(x.v.device.index or 0).processors  # about as many as run at once
+    ahead = some if x.v.shape[0] * x.v.shape[2] * split > some else 0
+    return split, *variant(x.q.shape[3], x.v.shape[3], R, heads, split, ahead, kind, rms, options.qk_l2norm, types)
 
 
 def build(x: Tokens, p: Projections, options: Options) -> str | None:
@@ -163,8 +174,8 @@ def run(
     arguments: list[Any] = [0 if y is None else y.data_ptr() for y in tensors]
     arguments += [ctypes.c_int64(row) for _, row in tokens]
     arguments += map(ctypes.c_float, (options.scale, 2.0 if options.allow_neg_eigval else 1.0))
-    arguments += map(ctypes.c_int, (x.v.shape[1], options.chunk_size, int(update)))
     programs = x.v.shape[0] * x.v.shape[2] * split
+    arguments += map(ctypes.c_int, (x.v.shape[1], options.chunk_size, int(update), programs))
     compiler.launch("decode", x.v.device, constants, programs, threads, size, arguments)
 
 
