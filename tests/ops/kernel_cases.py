@@ -1,4 +1,4 @@
-"""Inputs for the tests of the CUDA kernels, and what they are compared with.
+"""Inputs for the tests of the GPU kernels, and what they are compared with.
 
 That is float64, by the chunk form in torch, which `test_chunked.py` holds to the recurrence within 1e-10: token by
 token these tests would take ten times as long. Errors are norms over norms; see `tests/tolerances.py`.
@@ -116,14 +116,15 @@ def off(found: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> floa
     return ((found.double() - expected.double()).norm() / max(expected.double().norm().item(), least, 1e-30)).item()
 
 
-def assert_as_exact(arguments: dict, heard: bool = True) -> None:
-    o, end, gradients = run(chunk_carve, arguments, backend="cuda")
+def assert_as_exact(arguments: dict, heard: bool = True, backend: str = "cuda", bound: str = "op_kernel") -> None:
+    """bound: of the errors, in `TOLERANCES`, and with `_gradient` behind it."""
+    o, end, gradients = run(chunk_carve, arguments, backend=backend)
     exact_o, exact_end, exact = run(chunk_carve, in_float64(arguments), backend="torch")
     if heard and arguments.get("p_down") is not None:
         blind = arguments | {"p_down": None, "p_up": None, "p_write": None}
         begin = blind["initial_state"]
         blind["initial_state"] = None if begin is None else begin._replace(content=None, content_sum=None)
-        without = chunk_carve(**blind, backend="cuda")[0]
+        without = chunk_carve(**blind, backend=backend)[0]
         assert off(without, exact_o) > tolerance("op_content_effect"), "the content is not heard"
     errors = {"o": off(o, exact_o)}
     for name, y, exact_y in zip(CarveState._fields, end, exact_end, strict=True):
@@ -131,10 +132,10 @@ def assert_as_exact(arguments: dict, heard: bool = True) -> None:
             assert torch.equal(y, exact_y)
         elif exact_y is not None:
             errors[name] = off(y, exact_y, least=1e-3 * exact_end.memory.norm().item())
-    bad = {name: error for name, error in errors.items() if error > tolerance("op_kernel")}
+    bad = {name: error for name, error in errors.items() if error > tolerance(bound)}
     # the gradient of g is what is left of terms like q dq, which is nothing where everything decays at once
     least = {"g": 0.05 * (exact["q"] * arguments["q"].double()).norm().item()}
     errors = {f"d{name}": off(gradients[name], dy, least.get(name, 0)) for name, dy in exact.items()}
-    bad |= {name: error for name, error in errors.items() if error > tolerance("op_kernel_gradient")}
+    bad |= {name: error for name, error in errors.items() if error > tolerance(f"{bound}_gradient")}
     assert set(gradients) == set(exact)
     assert not bad, bad

@@ -4,12 +4,21 @@ import pytest
 import torch
 
 from carve.ops import chunk_carve, recurrent_carve
+from carve.ops.kernels import cuda
 from tests.ops.kernel_cases import assert_as_exact, draw, in_float64, off, run
 from tests.tolerances import tolerance
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 1000]
 contents = pytest.mark.parametrize("content", [None, "mean", "read"])
+
+
+@pytest.fixture(params=[1, 2], ids=["one program a head", "two programs a head"])
+def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where K = V = 128, whatever the number of heads."""
+    if request.param > 1 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters of programs take compute capability 9.0")
+    monkeypatch.setattr(cuda, "programs_of_head", lambda K, V, *_: request.param if K == V == 128 else 1)
 
 
 @contents
@@ -20,11 +29,13 @@ def test_shapes_and_dtypes(content: str | None, norm: str | None, dtype: torch.d
     assert_as_exact(draw([300, 211], K=K, V=V, dtype=dtype, content=content, norm=norm))
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_packed_sequences_with_grouped_heads_and_states(content: str | None) -> None:
     assert_as_exact(draw(LENGTHS, groups=2, grouped=True, R=7, content=content, started=True))
 
 
+@pytest.mark.usefixtures("split")
 @contents
 @pytest.mark.parametrize("decay", ["0", "-5", "-50", "-316", "mixed"])
 def test_decays(content: str | None, decay: str) -> None:
@@ -35,22 +46,26 @@ def test_decays(content: str | None, decay: str) -> None:
     assert_as_exact(arguments, heard=not forgets)
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_gates_at_0_and_1(content: str | None) -> None:
     assert_as_exact(draw([300, 100], H=4, content=content, gates="shut or open"))
 
 
+@pytest.mark.usefixtures("split")
 @contents
 @pytest.mark.parametrize("C", [1, 5, 16, 17, 63, 100, 512])
 def test_chunk_sizes(content: str | None, C: int) -> None:
     assert_as_exact(draw([150 if C < 16 else 700], H=4, content=content, C=C, started=True, seed=C))
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_no_write_gate_and_strong_erasure(content: str | None) -> None:
     assert_as_exact(draw([300], content=content, write=False, neg=True, C=32))
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_any_mix_of_pieces(content: str | None) -> None:
     arguments = draw([400], content=content, C=48)
@@ -85,6 +100,7 @@ def test_a_long_sequence(content: str | None) -> None:
     assert off(end.memory, exact_end.memory) <= tolerance("op_kernel")
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_same_bits_beside_another_kernel(content: str | None) -> None:
     arguments = draw(LENGTHS, groups=2, content=content, decay="mixed", started=True)
@@ -99,6 +115,7 @@ def test_same_bits_beside_another_kernel(content: str | None) -> None:
         assert all(torch.equal(again[2][name], dy) for name, dy in first[2].items())
 
 
+@pytest.mark.usefixtures("split")
 @contents
 def test_every_element_is_written(content: str | None) -> None:
     arguments = draw(LENGTHS, groups=2, content=content, started=True)

@@ -43,11 +43,12 @@ def shared_bytes(name: str, K: int, V: int, tile: int, content: str, split: int 
             seen += 4096 + (128 * K if content == "read" else 0)  # four more warps; to hand over a share of Z
         return tile // 8 * (slot + 16) + 96 * tile + 4 * K + 336 + seen
     if name == "reverse":
-        prepared = 2048 + 4 * K + (1088 if content == "read" else 0)
-        slot = 160 * K + 64 * V + (max(prepared, 32 * K) if content == "read" else prepared) + 132
+        slot = -(-(164 * K + 32 * V + 1668) // 256) * 256  # for a block of 16 tokens, of which there are up to 8
         seen = {"blind": 0, "mean": 64 * K + 10 * split**2 * V, "read": 32 * K + 16 * V + 8192 * (split - 1)}[content]
-        room = {128: 99, 192: 163, 256: 227}[K + split * V] * 1024  # of a program, where the shape is served
-        return min(-(-(seen + 200) // 256) * 256 + 8 * (-(-slot // 256) * 256), room)
+        if split > 1:
+            seen += 128 * split * V  # to hand over shares of dv_new
+        room = {128: 99, 192: 163, 256: 227}[K + split * V] * 1024  # on devices that serve the shape
+        return min(-(-(seen + 200) // 256) * 256 + 8 * slot, room)
     return tile * (16 * K + 6 * V + 64 + 128 + V // 4) + narrow + small
 
 

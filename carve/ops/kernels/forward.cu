@@ -564,7 +564,7 @@ DEVICE void solve_block(Sums A, byte* scratch, Matrix<16> T) {
   for (int part = 1; part < PARTS; ++part)
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const float4 x = ((const float4*)(scratch + part * (BLOCKS * SCRATCH)))[t * 32 + lane()];
+      const float4 x = ((const float4*)(scratch - part * (BLOCKS * SCRATCH)))[t * 32 + lane()];
       A.x[t][0] += x.x, A.x[t][1] += x.y, A.x[t][2] += x.z, A.x[t][3] += x.w;
     }
   warp_sync();
@@ -764,18 +764,16 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
       const bool busy = block < blocks && share < PARTS;
       const Slot mine = ring.at(block);
       byte* scratch = shared + O_SCRATCH + warp_index * SCRATCH;
-      Sums A;
+      Sums A, z = zeros();
+      float write_shift = 0;
       if (busy) {
         Ring at = ring;
         at.step(block);
         wait(at.full(), at.phase);
-        Sums z = zeros();
-        float write_shift = 0;
         if constexpr (READ) z = see(seen, mine);
         if constexpr (MEAN) write_shift = hear(seen, chunk, share, (float*)scratch);
         A = open_erase_gates(seen, z, (float*)scratch, mine, share, top);
-        if (share == PARTS - 1) open_write_gates(seen, z, write_shift, mine, w);
-        if (share > 0) {
+        if (share < PARTS - 1) {
           warp_sync();
 #pragma unroll
           for (int t = 0; t < 2; ++t)
@@ -785,13 +783,16 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
       sync_gate_warps();
       if (busy) {
         if (mine.strong()) decay_keys(mine, share);
-        if (share == 0) solve_block(A, scratch, {shared + O_T + block * 512});
+        if (share == 0) open_write_gates(seen, z, write_shift, mine, w);
+        if (share == PARTS - 1) solve_block(A, scratch, {shared + O_T + block * 512});
       }
-      sync_gate_warps();
+      if (!holds_state) {
+        sync_gate_warps();
+        ring.step(blocks);
+      }
 
       // -- the state runs through the blocks, each warp on its own --
       const bool last_tile = first + TILE >= last_of_chunk;
-      if (!holds_state) ring.step(blocks);
 #pragma unroll 1
       for (int s = 0; s < blocks && holds_state; ++s) {
         const Slot slot = ring.at(0);
@@ -822,6 +823,7 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
         }
 #pragma unroll
         for (int i = STRIPS; i < CHAINS * STRIPS; ++i) add(r[i - STRIPS], r[i]), add(out[i - STRIPS], out[i]);
+        if (s == 0) sync_gate_warps();  // all T and write gates are there
         const Right T_block = load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left);
         const Right M_block = load_right(base + O_M + small_right);
         const float* write_gates = slot.a() + quad_column();

@@ -109,7 +109,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
   Content seen = {{shared + O_DOWN}, {shared + O_UP}, {shared + O_Z}, (float*)(shared + O_DOWN), (float*)(shared + O_UP),
                   small, small + RANK, small + 2 * RANK, small + 4 * RANK, small + 4 * RANK + K, R};
   Prepared p = {{shared + O_Q}, {shared + O_K}, {shared + O_E}, {shared + O_G}, {shared + O_Q}, {shared + O_BK_IN},
-                {shared + O_K_OUT}, {shared + O_K_END}, {}, {}, nullptr,
+                {shared + O_K_OUT}, {shared + O_K_END},
                 (float*)(shared + O_DECAY), (float*)(shared + O_WRITE), (float*)(shared + O_W), (int*)(shared + O_STRONG),
                 scale, top, w != nullptr};
   const Matrix<V> d = {shared + O_D}, v_new = {shared + O_EDITS}, dr = {shared + O_DR};
@@ -176,7 +176,7 @@ KERNEL void __launch_bounds__(THREADS, 1) carve_gradients(
       const float2 more = MEAN ? *(const float2*)(from_content + column) : make_float2(0, 0);
       d.pair(row, column) = pack<Bf16>(x.x + more.x, x.y + more.y);
     }
-  prepare<true, false>(p, seen);
+  prepare(p, seen);
   sync();
 
   // -- dM and dA, one matrix a warp; dv and the write gate, a block's 16 rows of V a warp --

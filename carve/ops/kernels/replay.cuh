@@ -1,7 +1,5 @@
-// What both kernels of the backward run again: gates, decays, and all that they scale.
-//
-// Strong blocks go pair by pair with exp(G_i - G_j).  Where the state is needed whole, it lies transposed, S^T [V, K],
-// fp32, in registers: each warp has 16 rows of V, so that a block's chain of products needs no barrier.
+// What `gradients.cu` runs again of the forward, by all threads and a tile at a time: gates, decays, and all that they
+// scale.
 
 DEVICE Operand negate(Operand a) {
 #pragma unroll
@@ -168,8 +166,6 @@ struct Prepared {
   WideMatrix<K> g;
   Matrix<K> q_in, bk_in;       // scale q exp G, b k exp G
   Matrix<K> k_out, k_end;      // k exp -G (0 in strong blocks), k exp(G_16 - G)
-  Matrix<16> M, T;             // [TILE, 16]
-  float* A;                    // [BLOCKS][16 (j)][16 (i)], transposed
   float* decay;                // [BLOCKS][K], exp G_16
   float* a;                    // [TILE], write gate
   float* w;                    // [TILE], its logit
@@ -183,54 +179,9 @@ DEVICE float2 erase_shift(const Content& c, int k) {
   return make_float2(0, 0);
 }
 
-// Rows of A and M of the strong blocks, one row a warp at a time: decay is summed up from token i backwards.
-DEVICE void multiply_pair_by_pair(const Prepared& p, const Content& c) {
-  constexpr int PAIRS = K / 64;  // column pairs of a lane
-#pragma unroll 1
-  for (int row = warp(); row < TILE; row += WARPS) {
-    const int s = row / BLOCK, i = row % BLOCK;
-    if (!p.strong[s]) continue;
-    float2 q[PAIRS], bk[PAIRS], sum[PAIRS];
-#pragma unroll
-    for (int n = 0; n < PAIRS; ++n) {
-      const int column = 64 * n + 2 * lane();
-      const float2 x = unpack<Input>(p.e.pair(row, column)), shift = erase_shift(c, column);
-      const float2 k = unpack<Input>(p.k.pair(row, column));
-      q[n] = unpack<Input>(p.q.pair(row, column));
-      bk[n] = make_float2(p.top * sigmoid(x.x + shift.x) * k.x, p.top * sigmoid(x.y + shift.y) * k.y);
-      sum[n] = make_float2(0, 0);
-    }
-#pragma unroll 1
-    for (int j = BLOCK - 1; j >= 0; --j) {
-      float M = 0, A = 0;
-      if (j <= i) {
-#pragma unroll
-        for (int n = 0; n < PAIRS; ++n) {
-          const int column = 64 * n + 2 * lane();
-          if (j < i) {
-            const float2 g = p.g.pair(16 * s + j + 1, column);
-            sum[n] = make_float2(sum[n].x + fmaxf(LOG2_E * g.x, GONE), sum[n].y + fmaxf(LOG2_E * g.y, GONE));
-          }
-          const float2 k = unpack<Input>(p.k.pair(16 * s + j, column));
-          const float kx = k.x * exp2_(sum[n].x), ky = k.y * exp2_(sum[n].y);
-          M += q[n].x * kx + q[n].y * ky;
-          A += bk[n].x * kx + bk[n].y * ky;
-        }
-      }
-      M = warp_sum(M) * p.scale;
-      A = warp_sum(A);
-      if (lane() == 0) {
-        *(unsigned short*)p.M.at(row, j) = (unsigned short)(pack<Bf16>(M, 0) & 0xffff);
-        p.A[(s * 16 + j) * 16 + i] = j < i ? A : 0;
-      }
-    }
-  }
-}
-
-// Decays, gates, and everything that they scale.  A thread has two columns of a block.  Outputs may lie over the
-// inputs: q_in over q, bk_in over e, k_out and k_end over g.  With KEEP_G, g is replaced by G, in powers of 2.
-// Expects `strong` at 0; has barriers inside, and none at the end.  PAIRS: whether to multiply strong blocks pair by pair.
-template <bool KEEP_G, bool PAIRS = true> DEVICE void prepare(const Prepared& p, const Content& c) {
+// Decays, gates, and everything that they scale.  A thread has two columns of a block.  q_in may lie over q; g is replaced
+// by G, in powers of 2.  Expects `strong` at 0; has a barrier inside, and none at the end.
+DEVICE void prepare(const Prepared& p, const Content& c) {
   constexpr int JOBS = BLOCKS * K / 2, ROUNDS = JOBS > THREADS ? JOBS / THREADS : 1;
   constexpr int PARTS = JOBS < THREADS ? THREADS / JOBS : 1, TOKENS = BLOCK / PARTS;  // threads that share two columns
   const int part = PARTS > 1 ? thread_index() / JOBS : 0;
@@ -250,13 +201,6 @@ template <bool KEEP_G, bool PAIRS = true> DEVICE void prepare(const Prepared& p,
     if (part == 0) *(float2*)(p.decay + s * K + column) = make_float2(exp2_(sum.x), exp2_(sum.y));
   }
   sync();
-  bool any_strong = false;
-#pragma unroll
-  for (int s = 0; s < BLOCKS; ++s) any_strong |= p.strong[s] != 0;
-  if (PAIRS && any_strong) {
-    multiply_pair_by_pair(p, c);
-    sync();
-  }
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const int job = (thread_index() + round * THREADS) % JOBS, s = job / (K / 2), column = 2 * (job % (K / 2));
@@ -281,116 +225,10 @@ template <bool KEEP_G, bool PAIRS = true> DEVICE void prepare(const Prepared& p,
       const float2 k_end = make_float2(k.x * exp2_(G_16.x - sum.x), k.y * exp2_(G_16.y - sum.y));
       p.k_end.pair(row, column) = pack<Bf16>(k_end.x, k_end.y);
       p.k_out.pair(row, column) = strong ? 0 : pack<Bf16>(k_end.x * growth.x, k_end.y * growth.y);
-      if (KEEP_G) p.g.pair(row, column) = sum;
+      p.g.pair(row, column) = sum;
     }
   }
   const float write_shift = READ ? 0 : MEAN ? *c.write_shift : 0;
   for (int t = thread_index(); t < TILE; t += THREADS)
     p.a[t] = p.has_w ? sigmoid(p.w[t] + (READ ? c.write_shift[t] : write_shift)) : 1;
-}
-
-// T = (I + A)^-1 of one block by forward substitution in fp32; lane c (and c + 16) has column c.
-DEVICE void invert(const float* A, Matrix<16> T) {
-  const int column = lane() & 15;
-  float x[BLOCK];
-#pragma unroll
-  for (int i = 0; i < BLOCK; ++i) x[i] = i == column ? 1 : 0;
-#pragma unroll
-  for (int j = 0; j < BLOCK - 1; ++j) {
-    float A_j[BLOCK];
-#pragma unroll
-    for (int i = (j + 1) & ~3; i < BLOCK; i += 4) *(float4*)(A_j + i) = *(const float4*)(A + j * 16 + i);
-#pragma unroll
-    for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
-  }
-#pragma unroll
-  for (int i = 0; i < BLOCK; ++i)
-    if (lane() < 16) *(unsigned short*)T.at(i, column) = (unsigned short)(pack<Bf16>(x[i], 0) & 0xffff);
-}
-
-// M and T of every block, one matrix a warp.
-DEVICE void solve(const Prepared& p) {
-  for (int job = warp(); job < 2 * BLOCKS; job += WARPS) {
-    const int s = job % BLOCKS;
-    const bool for_T = job < BLOCKS;
-    if (!p.strong[s]) {
-      const Matrix<K> row = (for_T ? p.bk_in : p.q_in).block(s), column = p.k_out.block(s);
-      Sums even = zeros(), odd = zeros();
-#pragma unroll
-      for (int n = 0; n < COLUMNS; n += 2) {
-        multiply(even, row.load(0, 16 * n), column.load(0, 16 * n));
-        multiply(odd, row.load(0, 16 * n + 16), column.load(0, 16 * n + 16));
-      }
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) even.x[t][i] += odd.x[t][i];
-      if (for_T) {
-        for_each(even, [&](float& x, int i, int j) { p.A[(s * 16 + j) * 16 + i] = i > j ? x : 0; });
-      } else {
-        for_each(even, [&](float& x, int i, int j) { x = i >= j ? x : 0; });
-        p.M.block(s).store(0, 0, round_to_bf16(even));
-      }
-    }
-    warp_sync();
-    if (for_T) invert(p.A + s * 256, p.T.block(s));
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The state: this warp's 16 rows of S^T
-// ---------------------------------------------------------------------------------------------------------------------
-
-struct StateOperand { Operand x[COLUMNS]; };
-
-DEVICE StateOperand round_to_bf16(const State& S) {
-  StateOperand y;
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n) y.x[n] = round_to_bf16(S.x[n]);
-  return y;
-}
-
-// memory is [K, V], fp32; zeros if null
-DEVICE State load_state(const float* memory) {
-  State S;
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n)
-    for_each(S.x[n], [&](float& x, int row, int column) { x = memory ? memory[(16 * n + column) * V + 16 * warp() + row] : 0; });
-  return S;
-}
-DEVICE void store_state(float* memory, State& S) {
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n)
-    for_each(S.x[n], [&](float& x, int row, int column) { memory[(16 * n + column) * V + 16 * warp() + row] = x; });
-}
-
-// Saved states lie as the warps hold them: [slot, head, warp, column slab, lane].
-DEVICE uint4* saved_state(u32* states, i64 slot, int heads, int head) {
-  return (uint4*)states + ((slot * heads + head) * ROWS + warp()) * COLUMNS * 32 + lane();
-}
-
-// The same for v_new^T of a block: [slot, head, warp, lane].
-DEVICE uint4* saved_block(u32* blocks, i64 slot, int heads, int head) {
-  return (uint4*)blocks + ((slot * heads + head) * ROWS + warp()) * 32 + lane();
-}
-DEVICE void decay_columns(State& S, const float* decay) {
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n)
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const float2 x = *(const float2*)(decay + 16 * n + 8 * t + quad_column());
-      S.x[n].x[t][0] *= x.x, S.x[n].x[t][1] *= x.y, S.x[n].x[t][2] *= x.x, S.x[n].x[t][3] *= x.y;
-    }
-}
-
-// This warp's rows of x S for 16 tokens, transposed: [16 of V, 16 tokens]
-DEVICE Sums times_state(const StateOperand& S, Matrix<K> x) {
-  Sums y[4] = {zeros(), zeros(), zeros(), zeros()};
-#pragma unroll
-  for (int n = 0; n < COLUMNS; ++n) multiply(y[n & 3], S.x[n], x.load(0, 16 * n));
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) y[0].x[t][i] = (y[0].x[t][i] + y[1].x[t][i]) + (y[2].x[t][i] + y[3].x[t][i]);
-  return y[0];
 }

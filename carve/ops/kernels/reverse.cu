@@ -20,8 +20,9 @@
 // everything here is linear in dr, programs of a cluster add up only what the content receives: for "mean" 16 numbers a
 // chunk, for "read" 16 a token.
 
-constexpr int WORKERS = SPLIT * ROWS, PREPARERS = 4;  // warps; the first ROWS workers run the chain
-constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // slabs of 16 columns that a worker has
+constexpr int WORKERS = SPLIT * ROWS, PREPARERS = 4;  // warps
+constexpr int HELD = COLUMNS / SPLIT;                 // slabs of 16 columns of dS^T that a worker holds, with 16 rows
+constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // those that it has when dr are all there, with all rows
 constexpr int OWN = K / 32;                           // columns of a block that a lane of a preparing warp has
 constexpr bool SEES = MEAN || READ;
 
@@ -29,16 +30,15 @@ constexpr int NUMBERS = RANK + 4;                     // that a worker adds to t
 constexpr int UP_BYTES = MEAN ? RANK * K * 4 : READ ? RANK * K * 2 : 0;
 constexpr int MET_BYTES = MEAN ? 2 * SPLIT * WORKERS * NUMBERS * 4 : READ && SPLIT > 1 ? 2 * BLOCKS * 1024 : 0;
 constexpr int O_UP = 0, O_WRITE = O_UP + UP_BYTES, O_MET = O_WRITE + RANK * 4, O_DA = O_MET + MET_BYTES;
-constexpr int O_SIGNALS = O_DA + (READ ? ROWS * TILE * 4 : 0), O_RING = Aligned<O_SIGNALS + 16 * 8 + 8>::bytes;
+constexpr int O_SHARES = O_DA + (READ ? ROWS * TILE * 4 : 0), O_SIGNALS = O_SHARES + (SPLIT > 1 ? 2 * WORKERS * 1024 : 0);
+constexpr int O_RING = Aligned<O_SIGNALS + 16 * 8 + 8>::bytes;
 
 // A slot.  q_in lies over q, weights over e, b k exp G and x over g, dr over d; when the chain is through, P over q_in.
 constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2, SQUARE = BLOCK * BLOCK * 2;
 constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_KEYS = O_G + K_ROWS;
-constexpr int O_D = O_G + 2 * K_ROWS, O_EDITS = O_D + V_ROWS, O_M = O_EDITS + V_ROWS, O_T = O_M + SQUARE;
-constexpr int O_A = O_T + SQUARE, O_DECAY = O_A + 2 * SQUARE, O_ZS = O_DECAY + K * 4, O_ROOTS = O_ZS + (READ ? 1024 : 0);
-constexpr int O_SMALL_END = O_ROOTS + (READ ? BLOCK * 4 : 0), O_Z_END = O_M + (READ ? RANK * K * 2 : 0);
-constexpr int O_GATES = O_SMALL_END > O_Z_END ? O_SMALL_END : O_Z_END, O_RAW = O_GATES + BLOCK * 4;
-constexpr int O_STRONG = O_RAW + RANK * 4, SLOT = Aligned<O_STRONG + 4>::bytes;
+constexpr int O_D = O_G + 2 * K_ROWS, O_M = O_D + V_ROWS, O_T = O_M + SQUARE, O_Z = O_T + SQUARE, O_DECAY = O_Z + SQUARE;
+constexpr int O_GATES = O_DECAY + K * 4, O_RAW = O_GATES + BLOCK * 4, O_STRONG = O_RAW + RANK * 4;
+constexpr int SLOT = Aligned<O_STRONG + 4>::bytes;
 
 constexpr int ROOM = (CARVE_SHARED - O_RING) / SLOT, RING = ROOM < 8 ? ROOM : 8;  // slots
 constexpr int SHARED_BYTES = O_RING + RING * SLOT;
@@ -50,6 +50,30 @@ static_assert(THREADS == 32 * (WORKERS + PREPARERS), "carve/ops/kernels/cuda.py 
 
 DEVICE void sync_workers() { barrier(1, 32 * WORKERS); }
 
+// The right operand of a product: quarters upper left, upper right, lower left, lower right, which saves the moves that
+// the tensor cores' order of registers takes otherwise.
+struct Right { u32 x[4]; };
+
+// C += A B^T
+DEVICE void multiply(Sums& c, const Operand& a, const Right& b) {
+  multiply_add(c.x[0], a.x, b.x[0], b.x[1]);
+  multiply_add(c.x[1], a.x, b.x[2], b.x[3]);
+}
+// as Matrix::load and Matrix::load_transposed
+template <int D> DEVICE Right load_right(Matrix<D> x, int row, int column) {
+  Right b;
+  load_quarters(b.x, x.address((lane() & 7) + 8 * (lane() >> 4), (lane() >> 3) & 1, row, column));
+  return b;
+}
+template <int D> DEVICE Right load_right_transposed(Matrix<D> x, int row, int column) {
+  Right b;
+  load_quarters_transposed(b.x, x.address(lane() & 15, lane() >> 4, row, column));
+  return b;
+}
+DEVICE Right right_transposed(uint4 a) {  // the transpose of a left operand
+  return {{transpose_quarter(a.x), transpose_quarter(a.y), transpose_quarter(a.z), transpose_quarter(a.w)}};
+}
+
 struct Slot {
   byte* base;
 
@@ -59,16 +83,12 @@ struct Slot {
   DEVICE Matrix<K> bk_in() const { return {base + O_G}; }
   DEVICE Matrix<K> keys() const { return {base + O_KEYS}; }      // k exp -G; strong: k exp(G_16 - G)
   DEVICE Matrix<V> d() const { return {base + O_D}; }            // gradient of the outputs, then dr
-  DEVICE uint4* edits() const { return (uint4*)(base + O_EDITS); }  // v_new^T, as saved: [ROWS, 32 lanes]
   DEVICE Matrix<16> M() const { return {base + O_M}; }
   DEVICE Matrix<16> T() const { return {base + O_T}; }
   DEVICE Matrix<TILE> P() const { return {base + O_Q}; }
-  DEVICE Matrix<K> Z() const { return {base + O_M}; }            // of the chunk, until it is used ("read")
-  DEVICE float* A() const { return (float*)(base + O_A); }       // transposed, until it is solved
-  DEVICE Matrix<16> dz() const { return {base + O_A}; }          // ("read")
-  DEVICE Matrix<16> z() const { return {base + O_A + SQUARE}; }
-  DEVICE float4* zs() const { return (float4*)(base + O_ZS) + 2 * lane(); }  // z in fp32, as a warp holds it
-  DEVICE float* roots() const { return (float*)(base + O_ROOTS); }           // 1 / rms
+  DEVICE float* A() const { return (float*)(base + O_T); }       // transposed, over T and z until it is solved
+  DEVICE Matrix<16> z() const { return {base + O_Z}; }           // ("read")
+  DEVICE Matrix<16> dz() const { return {base + O_M}; }          // when the chain is through ("read")
   DEVICE Matrix<16> dZ() const { return {base + O_G}; }          // [K, RANK], when the chain is through
   DEVICE float2& G(int row, int column) const { return *(float2*)(base + O_G + (row * K + column) * 4); }  // g at first
   // exp G_16, in the order in which the lanes that hold the state need it: four numbers of 16 columns a lane
@@ -77,7 +97,7 @@ struct Slot {
     return *(float2*)(base + O_DECAY + 4 * ((column & ~15) + 2 * (column & 6) + ((column >> 2) & 2)));
   }
   DEVICE float* a() const { return (float*)(base + O_GATES); }   // write logits, then gates
-  DEVICE float* raw() const { return (float*)(base + O_RAW); }   // m_c P_down [RANK] ("mean")
+  DEVICE float* raw() const { return (float*)(base + O_RAW); }   // m_c P_down [RANK] ("mean"); 1 / rms of z ("read")
   DEVICE bool strong() const { return any_lane(*(int*)(base + O_STRONG)); }  // any_lane tells that lanes agree
   DEVICE void set_strong(bool x) const { *(int*)(base + O_STRONG) = x; }
 };
@@ -133,6 +153,16 @@ DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int hea
     copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), from_row, valid);
     if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, from_row + BYTES / 2, valid);
   }
+}
+
+// A warp starts fetching the same, of numbers of SIZE bytes, into the L2 cache.
+template <int D, int SIZE> DEVICE void fetch_block(const void* from, i64 first, int count, int heads, int head) {
+  constexpr int LINES = D * SIZE / 128, STEP = 32 / LINES;
+  const int lane = lane_anew(), row = lane / LINES, stride = heads * (D * SIZE);
+  const byte* p = (const byte*)from + (first * heads + head) * (D * SIZE) + ((i64)row * stride + lane % LINES * 128);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += STEP)
+    if (row + i < count) fetch_into_cache(p + (i64)i * stride);
 }
 
 // Some consecutive numbers of a row, as one access to shared memory.
@@ -194,7 +224,7 @@ DEVICE void multiply_block(Slot slot) {
   Sums A[2] = {zeros(), zeros()}, M[2] = {zeros(), zeros()};
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n) {
-    const Operand keys = slot.keys().load(0, 16 * n);
+    const Right keys = load_right(slot.keys(), 0, 16 * n);
     multiply(A[n & 1], slot.bk_in().load(0, 16 * n), keys);
     multiply(M[n & 1], slot.q().load(0, 16 * n), keys);
   }
@@ -207,15 +237,14 @@ DEVICE void multiply_block(Slot slot) {
   slot.M().store(0, 0, round_to_bf16(M[0]));
 }
 
-// "read": adds z P_up to the erase logits, z p_write to the write logits, and leaves z and 1 / rms.
-DEVICE void shift_block(Slot slot, Matrix<K> up, const float* write, int R) {
+// "read": adds z P_up to the erase logits, z p_write to the write logits, leaves 1 / rms, and returns z.
+DEVICE Operand shift_block(Slot slot, const Right (&Z)[COLUMNS], Matrix<K> up, const float* write, float part_of_R) {
   Sums z = zeros(), odd = zeros();
 #pragma unroll
   for (int n = 0; n < COLUMNS; n += 2) {
-    multiply(z, to_bf16<Input>(slot.k().load(0, 16 * n)), slot.Z().load(0, 16 * n));
-    multiply(odd, to_bf16<Input>(slot.k().load(0, 16 * n + 16)), slot.Z().load(0, 16 * n + 16));
+    multiply(z, to_bf16<Input>(slot.k().load(0, 16 * n)), Z[n]);
+    multiply(odd, to_bf16<Input>(slot.k().load(0, 16 * n + 16)), Z[n + 1]);
   }
-  warp_sync();  // z lies over Z
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float squares = 0, root = 1, shift = 0;
@@ -226,7 +255,7 @@ DEVICE void shift_block(Slot slot, Matrix<K> up, const float* write, int R) {
         z.x[t][j] += odd.x[t][j];
         squares += z.x[t][j] * z.x[t][j];
       }
-    if constexpr (RMS) root = reciprocal_root(quad_sum(squares) / R + 1e-8f);
+    if constexpr (RMS) root = reciprocal_root(quad_sum(squares) * part_of_R + 1e-8f);
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -238,16 +267,14 @@ DEVICE void shift_block(Slot slot, Matrix<K> up, const float* write, int R) {
     shift = quad_sum(shift);
     if ((lane() & 3) == 0) {
       slot.a()[quad_row() + 8 * i] += shift;
-      slot.roots()[quad_row() + 8 * i] = root;
+      slot.raw()[quad_row() + 8 * i] = root;
     }
   }
-#pragma unroll
-  for (int t = 0; t < 2; ++t) slot.zs()[t] = make_float4(z.x[t][0], z.x[t][1], z.x[t][2], z.x[t][3]);
   const Operand z_bf16 = round_to_bf16(z);
 #pragma unroll
   for (int n = 0; n < COLUMNS; ++n) {
     Sums shift = zeros();
-    multiply(shift, z_bf16, up.load_transposed(0, 16 * n));
+    multiply(shift, z_bf16, load_right_transposed(up, 0, 16 * n));
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -258,6 +285,7 @@ DEVICE void shift_block(Slot slot, Matrix<K> up, const float* write, int R) {
       }
   }
   warp_sync();
+  return z_bf16;
 }
 
 // T = (I + A)^-1 of a block by forward substitution in fp32; lane c (and c + 16) has column c.
@@ -275,6 +303,7 @@ DEVICE void solve_block(Slot slot) {
 #pragma unroll
     for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
   }
+  warp_sync();  // all have read A
 #pragma unroll
   for (int i = 0; i < BLOCK; ++i)
     if (lane() < 16) *(unsigned short*)slot.T().at(i, column) = (unsigned short)(pack<Bf16>(x[i], 0) & 0xffff);
@@ -282,24 +311,37 @@ DEVICE void solve_block(Slot slot) {
 
 // Turns a block's inputs into what the workers need, by one warp; a lane has OWN columns.  shift: of its erase logits.
 DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, float scale, float top, bool has_w) {
+  const auto g = [&](int t) -> const Floats& { return (const Floats&)slot.G(t, OWN * lane()); };
   Floats G[BLOCK];
   float lowest = 0;
 #pragma unroll
-  for (int t = 0; t < BLOCK; ++t) G[t] = (const Floats&)slot.G(t, OWN * lane());
+  for (int t = 0; t < BLOCK; ++t) G[t] = g(t);
 #pragma unroll
   for (int c = 0; c < OWN; ++c) {
     float sum = 0;
 #pragma unroll
-    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * G[t].x[c], GONE);
+    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + LOG2_E * G[t].x[c];
     lowest = fminf(lowest, sum);
   }
   const bool strong = any_lane(lowest < -MILD);
   if (lane() == 0) slot.set_strong(strong);
+  if (strong) {
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) {
+      float sum = 0;  // anew, so that differences of sums stay finite
+#pragma unroll
+      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * g(t).x[c], GONE);
+    }
+    multiply_block_pair_by_pair(slot, shift, scale, top);
+  }
   const Floats G_16 = G[BLOCK - 1];
+  Floats until, y_shift;  // up to where keys decay; the shift as the gates need it
+#pragma unroll
+  for (int c = 0; c < OWN; ++c) until.x[c] = strong ? G_16.x[c] : 0, y_shift.x[c] = -LOG2_E * shift.x[c];
 #pragma unroll
   for (int c = 0; c < OWN; c += 2) slot.decay(OWN * lane() + c) = make_float2(exp2_(G_16.x[c]), exp2_(G_16.x[c + 1]));
-  if (strong) multiply_block_pair_by_pair(slot, shift, scale, top);
   warp_sync();  // all have read g
+  const float share = 1 / top;
   constexpr int AT_ONCE = 4;  // tokens read before any is written, not to wait for each in turn
 #pragma unroll
   for (int first = 0; first < BLOCK; first += AT_ONCE) {
@@ -316,11 +358,12 @@ DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, flo
       Floats bk_in, keys;
 #pragma unroll
       for (int c = 0; c < OWN; ++c) {
-        const float in = exp2_(G[t].x[c]), gate = sigmoid(e[i].x[c] + shift.x[c]), bk = top * gate * k[i].x[c];
+        const float in = exp2_(G[t].x[c]), gate = reciprocal(share + share * exp2_(y_shift.x[c] - LOG2_E * e[i].x[c]));
+        const float bk = gate * k[i].x[c];
         q[i].x[c] *= in * scale;
         bk_in.x[c] = bk * in;
-        keys.x[c] = k[i].x[c] * exp2_((strong ? G_16.x[c] : 0) - G[t].x[c]);
-        e[i].x[c] = (strong ? bk : bk_in.x[c]) * (1 - gate);
+        keys.x[c] = k[i].x[c] * exp2_(until.x[c] - G[t].x[c]);
+        e[i].x[c] = (strong ? bk : bk_in.x[c]) * (1 - share * gate);
       }
       set_own_columns(slot.q(), t, q[i]);
       set_own_columns(slot.bk_in(), t, bk_in);
@@ -336,34 +379,57 @@ DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, flo
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The state: a worker's 16 rows of S^T [V, K]
+// The state: a worker's 16 rows of S^T [V, K], and HELD slabs of columns
 // ---------------------------------------------------------------------------------------------------------------------
 
-// memory is this program's columns of [K, SPLIT V], fp32; zeros if null
-DEVICE State load_rows(const float* memory) {
-  State S;
+struct Held { Sums x[HELD]; };
+
+// memory is this worker's part of [K, SPLIT V], fp32; zeros if null
+DEVICE Held load_held(const float* memory) {
+  Held S;
 #pragma unroll
-  for (int m = 0; m < COLUMNS; ++m)
-    for_each(S.x[m], [&](float& x, int row, int column) {
-      x = memory ? memory[(16 * m + column) * (SPLIT * V) + 16 * warp() + row] : 0;
-    });
+  for (int m = 0; m < HELD; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) { x = memory ? memory[(16 * m + column) * (SPLIT * V) + row] : 0; });
   return S;
 }
-DEVICE void store_rows(float* memory, State& S) {
+DEVICE void store_held(float* memory, Held& S) {
 #pragma unroll
-  for (int m = 0; m < COLUMNS; ++m)
-    for_each(S.x[m], [&](float& x, int row, int column) {
-      memory[(16 * m + column) * (SPLIT * V) + 16 * warp() + row] = x;
-    });
+  for (int m = 0; m < HELD; ++m)
+    for_each(S.x[m], [&](float& x, int row, int column) { memory[(16 * m + column) * (SPLIT * V) + row] = x; });
 }
 
 DEVICE void decay_sums(Sums& y, float4 x) {  // columns
   y.x[0][0] *= x.x, y.x[0][1] *= x.y, y.x[0][2] *= x.x, y.x[0][3] *= x.y;
   y.x[1][0] *= x.z, y.x[1][1] *= x.w, y.x[1][2] *= x.z, y.x[1][3] *= x.w;
 }
-DEVICE void decay_state(State& S, Slot slot) {
+DEVICE void decay_held(Held& S, Slot slot, int first_slab) {
 #pragma unroll
-  for (int m = 0; m < COLUMNS; ++m) decay_sums(S.x[m], slot.decay_of_lane(m));
+  for (int m = 0; m < HELD; ++m) decay_sums(S.x[m], slot.decay_of_lane(first_slab + m));
+}
+
+// A strong block's d(b k), less a sign and with its gates: from what d(b k exp G) is without P of the block itself, pair by
+// pair, decay summed up from token i backwards.  g: of the block's first token in device memory, rows `stride` apart.
+DEVICE void add_pair_by_pair(
+    Sums& x, Slot slot, const float* g, int stride, int count, int s, int first_column) {
+#pragma unroll 1
+  for (int part = 0; part < 4; ++part) {  // two neighbours of this lane's eight numbers; as one copy of the code
+    const int t = part >> 1, i = part & 1;
+    const int row = quad_row() + 8 * i, column = first_column + 8 * t + quad_column();
+    float2 sum = make_float2(0, 0), pairs = make_float2(0, 0);
+    for (int j = min(row, count - 1); j >= 0; --j) {
+      const float2 more = *(const float2*)(g + (i64)j * stride + column);
+      sum = make_float2(sum.x + fmaxf(LOG2_E * more.x, GONE), sum.y + fmaxf(LOG2_E * more.y, GONE));
+      if (j == 0) break;
+      const float2 k = unpack<Input>(slot.k().pair(j - 1, column));
+      const float P = unpack<Bf16>(*(unsigned short*)slot.P().at(row, 16 * s + j - 1)).x;
+      pairs.x += P * k.x * exp2_(sum.x), pairs.y += P * k.y * exp2_(sum.y);
+    }
+    const float2 decay = make_float2(exp2_(sum.x), exp2_(sum.y));
+    for_each(x, [&](float& y, int y_row, int y_column) {
+      if (y_row == row && y_column == column - first_column) y = y * decay.x + pairs.x;
+      if (y_row == row && y_column == column - first_column + 1) y = y * decay.y + pairs.y;
+    });
+  }
 }
 
 DEVICE float dot(float4 x, float4 y) { return (x.x * y.x + x.y * y.y) + (x.z * y.z + x.w * y.w); }
@@ -393,13 +459,14 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
   const Matrix<K> up = {shared + O_UP};             // P_up [RANK, K] ("read")
   float* wide_up = (float*)(shared + O_UP);         // the same in fp32 ("mean")
   float* write = (float*)(shared + O_WRITE);        // p_write [RANK]
+  const float part_of_R = 1.0f / R, part_of_C = 1.0f / C;
   Ring ring = {shared, 0, 0};
   Signal* heard = ring.free() + 8;                  // what programs have of the content's gradient has met
 
   if (thread == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(ring.full() + i, 1);
-      set_up(ring.free() + i, SEES ? WORKERS : ROWS);
+      set_up(ring.free() + i, WORKERS);
     }
     set_up(heard, MEAN ? SPLIT * WORKERS : BLOCKS);
   }
@@ -416,11 +483,22 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
   if constexpr (SPLIT > 1) sync_cluster();
   else sync();
 
-  float* last = (float*)(shared + O_RING);          // of the projections' gradients, when all else is done ("read")
+  // the projections' gradients in addends, when all else is done: of P_up, p_write and P_down ("read")
+  float* last = (float*)(shared + O_RING);
+  constexpr int LAST_DOWN = RANK * K + BLOCKS * RANK;
 
   if (warp_index >= WORKERS) {
     // -- preparing warps: each takes every PREPARERS-th block --
     const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
+    const auto fetch = [&](const Cursor& at) {
+      const int first = sequence.first(at.chunk) + BLOCK * at.block, count = min(BLOCK, sequence.last(at.chunk) - first);
+      const i64 token = sequence.begin + first;
+      fetch_block<K, 4>(g, token, count, H_g, g_head);
+      fetch_block<K, 2>(k, token, count, H, key_head);
+      fetch_block<K, 2>(q, token, count, H, key_head);
+      fetch_block<K, 2>(e, token, count, H_e, e_head);
+      fetch_block<V, 2>(d_o, token, count, parts, part);
+    };
     const auto copy = [&](const Cursor& at) {
       const Slot slot = at.ring.at();
       const int first = sequence.first(at.chunk) + BLOCK * at.block, t = lane_anew();
@@ -433,20 +511,15 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
       copy_block<V>(slot.base + O_D, d_o, token, count, parts, part);
       if constexpr (SEES) {
         const i64 block_slot = sequence.slot_of(at.chunk, BLOCK * at.block, BLOCK);
-        const uint4* from = (const uint4*)edits + (block_slot * parts + part) * (ROWS * 32) + t;
-#pragma unroll
-        for (int m = 0; m < ROWS; ++m) copy_16_bytes(slot.edits() + m * 32 + t, from + m * 32, true);
-        // a quarter of the state before the tile, which is read when dr are all there
+        const byte* v_new = (const byte*)edits + (block_slot * parts + part) * (ROWS * 512);
+        // what is read when a tile's dr are all there: v_new, and a quarter of the state before the tile
         const i64 state_slot = sequence.slot_of(at.chunk, BLOCK * at.block, SAVE);
         const byte* state = (const byte*)states + (state_slot * parts + part) * (2 * K * V) + at.block % BLOCKS * (2 * K * V / BLOCKS);
+        if (t < ROWS * 512 / 128) fetch_into_cache(v_new + 128 * t);
         for (int i = t; i < 2 * K * V / BLOCKS / 128; i += 32) fetch_into_cache(state + 128 * i);
       }
       if constexpr (MEAN)
         if (t < RANK / 4) copy_16_bytes(slot.raw() + 4 * t, contents + slot_of_chunk * RANK + 4 * t, true);
-      if constexpr (READ)
-#pragma unroll
-        for (int i = 0; i < RANK * K * 2; i += 512)
-          copy_16_bytes(slot.Z().base + i + 16 * t, (const byte*)contents + slot_of_chunk * (RANK * K * 2) + i + 16 * t, true);
       if (t < BLOCK) copy_4_bytes(slot.a() + t, w + (token + t) * HV + head, w && t < count);
       close_copies();
     };
@@ -463,16 +536,26 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
         wait(room, phase);
         copy(next);
         next.skip(sequence, PREPARERS);
+        if (next.chunk >= 0) fetch(next);
         ++copied;
         continue;
+      }
+      const Slot slot = at.ring.at();
+      Right Z[COLUMNS];  // (S_c P_down)^T [RANK, K] ("read")
+      if constexpr (READ) {
+        const Matrix<K> from = {(byte*)contents + ((sequence.slot + at.chunk) * HV + head) * (RANK * K * 2)};
+#pragma unroll
+        for (int m = 0; m < COLUMNS; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) Z[m].x[i] = from.pair(quad_row() + 8 * (i >> 1), 16 * m + 8 * (i & 1) + quad_column());
       }
       if (copied == 2) wait_for_copies_but_last();
       else wait_for_copies();
       warp_sync();
-      const Slot slot = at.ring.at();
       Floats shift = {};
       float write_shift = 0;
-      if constexpr (READ) shift_block(slot, up, write, R);
+      Operand z;
+      if constexpr (READ) z = shift_block(slot, Z, up, write, part_of_R);
       if constexpr (MEAN) {
         float squares = 0;
 #pragma unroll
@@ -484,7 +567,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll
           for (int c = 0; c < OWN; ++c) shift.x[c] += raw * row.x[c];
         }
-        const float root = RMS ? reciprocal_root(squares / R + 1e-8f) : 1;
+        const float root = RMS ? reciprocal_root(squares * part_of_R + 1e-8f) : 1;
         write_shift *= root;
 #pragma unroll
         for (int c = 0; c < OWN; ++c) shift.x[c] *= root;
@@ -495,21 +578,22 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
         }
       }
       prepare_block(slot, shift, write_shift, scale, top, w);
+      if constexpr (READ) slot.z().store(0, 0, z);
       warp_sync();
       if (lane() == 0) arrive(at.ring.full());
       at.skip(sequence, PREPARERS);
       --copied;
     }
-  } else if (SEES || warp_index < ROWS) {
+  } else {
     // -- workers: gradients behind the last token --
-    const bool in_chain = warp_index < ROWS, into_write = SEES && w && p_write;
-    const int row_of_lane = 16 * warp_index + quad_row();  // of V, and 8 rows on
-    State dS = load_rows(d_memory_end && in_chain ? d_memory_end + own_memory : nullptr);
+    const int strip = warp_index % ROWS, half = warp_index / ROWS, first_slab = half * HELD;  // of dS^T
+    const int row_of_lane = 16 * strip + quad_row();  // of V, and 8 rows on
+    const i64 own_held = own_memory + first_slab * (16 * SPLIT * V) + 16 * strip;
+    const bool into_write = SEES && w && p_write;
+    Held dS = load_held(d_memory_end ? d_memory_end + own_held : nullptr);
     Operand down = {};                               // P_down, [16 of V, RANK] ("read")
     Sums dZ[SLABS], d_up[SLABS], d_down = zeros();   // [16 of K, RANK], [RANK, 16 of K], [16 of V, RANK] ("read")
-    float4 wide_down[2] = {};                        // P_down, two rows, RANK / 4 numbers a lane ("mean")
-    float d_sum[2] = {};                             // gradient of the running sum of outputs, the same rows ("mean")
-    float4 d_end = {}, d_raw = {};                   // gradient of the content, behind the last token and now ("mean")
+    float d_sum[2] = {};                             // gradient of the running sum of outputs, two rows of V ("mean")
     float d_write[2][2] = {}, d_erase_shift[SLABS][2][2] = {}, d_write_shift = 0;
 #pragma unroll
     for (int i = 0; i < SLABS; ++i) {
@@ -520,33 +604,27 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
             if (r < R) x = d_content_end[(own * K + 16 * (warp_index + i * WORKERS) + row) * R + r];
           });
     }
-    if (READ && in_chain)
+    if constexpr (READ)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = 8 * (i >> 1) + quad_column();
         const float* p = p_down + (part * V + row_of_lane + 8 * (i & 1)) * R + r;
         down.x[i] = pack<Bf16>(r < R ? p[0] : 0, r + 1 < R ? p[1] : 0);
       }
-    if constexpr (MEAN) {
-      const auto four = [&](const float* p) {  // of R numbers, this lane's
-        const int r = 4 * (lane() & 3);
-        return make_float4(r < R ? p[r] : 0, r + 1 < R ? p[r + 1] : 0, r + 2 < R ? p[r + 2] : 0, r + 3 < R ? p[r + 3] : 0);
-      };
-      if (d_content_end) d_end = d_raw = four(d_content_end + own * R);
-      if (in_chain)
+    if (MEAN && d_content_sum_end)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          wide_down[i] = four(p_down + (part * V + row_of_lane + 8 * i) * R);
-          d_sum[i] = d_content_sum_end ? d_content_sum_end[own_part * V + row_of_lane + 8 * i] : 0;
-        }
-    }
+      for (int i = 0; i < 2; ++i) d_sum[i] = d_content_sum_end[own_part * V + row_of_lane + 8 * i];
+    const auto four = [&](const float* p) {  // this lane's of R numbers
+      const int r = 4 * (lane() & 3);
+      return make_float4(r < R ? p[r] : 0, r + 1 < R ? p[r + 1] : 0, r + 2 < R ? p[r + 2] : 0, r + 3 < R ? p[r + 3] : 0);
+    };
     float* da = (float*)(shared + O_DA);             // addends of the write gate's gradient, [ROWS, TILE] ("read")
-    int meeting = 0;
+    int meeting = 0, turn = 0;
 
     for (int chunk = sequence.chunks - 1; chunk >= 0; --chunk) {
       const int first_of_chunk = sequence.first(chunk), last_of_chunk = sequence.last(chunk);
       const i64 slot_of_chunk = (sequence.slot + chunk) * HV + head;
-      if (MEAN && in_chain && (lane() & 3) == 0) {
+      if (MEAN && half == 0 && (lane() & 3) == 0) {
         float* to = passed + slot_of_chunk * (SPLIT * V + K + 4) + rank * V + row_of_lane;
         to[0] = d_sum[0], to[8] = d_sum[1];
       }
@@ -559,80 +637,15 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
         const i64 block_slot = sequence.slot_of(chunk, first - first_of_chunk, BLOCK);
         const auto slot_of = [&](int s) { return ring.after(blocks - 1 - s).at(); };
 
-        // -- the gradient of the state runs through the blocks, each warp with 16 rows of V on its own --
-        if (in_chain)
-#pragma unroll 1
-          for (int s = blocks - 1; s >= 0; --s) {
-            const Ring here = ring.after(blocks - 1 - s);
-            const Slot slot = here.at();
-            u32 v_pairs[4];
-            if (into_write)
+        // v_new_j^T and S^T as saved, to be transposed; asked for early where there are registers
+        const int column_of_P = warp_index % BLOCKS;  // j: a warp has P_sj of one
+        uint4 v_new[ROWS], S[SLABS][ROWS];
+        const auto ask_for_v_new = [&] {
+          const i64 at = (block_slot + min(column_of_P, blocks - 1)) * parts + part;
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int row = min(16 * s + quad_row() + 8 * (i & 1), count - 1);
-                const int column = 16 * warp_index + 8 * (i >> 1) + quad_column();
-                v_pairs[i] = ((const u32*)v)[(((token + row) * parts + part) * V + column) / 2];
-              }
-            wait(here.full(), here.phase);
-            if (s == blocks - 1) {
-              uint4* to = (uint4*)d_states + (state_slot * ROWS + warp_index) * (COLUMNS * 32) + lane();
-#pragma unroll
-              for (int m = 0; m < COLUMNS; ++m) to[32 * m] = as_uint4(round_to_bf16(dS.x[m]));
-            }
-            Operand d_rows = slot.d().load_transposed(0, 16 * warp_index);
-            if constexpr (MEAN || HALF)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const float2 x = unpack<Input>(d_rows.x[i]);
-                d_rows.x[i] = pack<Bf16>(x.x + d_sum[i & 1], x.y + d_sum[i & 1]);
-              }
-            const bool strong = slot.strong();
-            if (!strong) decay_state(dS, slot);  // its keys are decayed to the block's beginning
-            Sums y[4] = {zeros(), zeros(), zeros(), zeros()};
-            multiply(y[3], d_rows, slot.M().load_transposed(0, 0));
-#pragma unroll
-            for (int m = 0; m < COLUMNS; ++m) multiply(y[m & 3], round_to_bf16(dS.x[m]), slot.keys().load(0, 16 * m));
-            if (strong) decay_state(dS, slot);
-#pragma unroll
-            for (int t = 0; t < 2; ++t)
-#pragma unroll
-              for (int i = 0; i < 4; ++i) y[0].x[t][i] = (y[0].x[t][i] + y[1].x[t][i]) + (y[2].x[t][i] + y[3].x[t][i]);
-            Sums dr_sums = zeros();
-            multiply(dr_sums, round_to_bf16(y[0]), slot.T().load_transposed(0, 0));
-            const Operand dr_rows = round_to_bf16(dr_sums), minus = negate(dr_rows);
-#pragma unroll
-            for (int m = 0; m < COLUMNS; ++m) {
-              multiply(dS.x[m], d_rows, slot.q().load_transposed(0, 16 * m));
-              multiply(dS.x[m], minus, slot.bk_in().load_transposed(0, 16 * m));
-            }
-            ((uint4*)d_edits)[(((block_slot + s) * parts + part) * ROWS + warp_index) * 32 + lane()] = as_uint4(dr_rows);
-            if constexpr (!SEES) {
-              warp_sync();
-              if (lane() == 0) arrive(here.free());
-              continue;
-            }
-            const Operand dr_t = transpose(dr_rows);
-            slot.d().store(0, 16 * warp_index, dr_t);
-            if (into_write) {
-              float sums[2] = {0, 0};
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const float2 x = unpack<Input>(v_pairs[i]), dr = unpack<Bf16>(dr_t.x[i]);
-                sums[i & 1] += x.x * dr.x + x.y * dr.y;
-              }
-#pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                const int row = quad_row() + 8 * i;
-                const float a = slot.a()[row], x = quad_sum(sums[i]) * a * (1 - a);
-                if constexpr (MEAN) d_write_shift += x;  // the same in the four lanes of a row
-                if (READ && (lane() & 3) == 0) da[warp_index * TILE + 16 * s + row] = x;
-              }
-            }
-          }
-
-        // -- what the content sends back --
-        if constexpr (SEES) {
-          uint4 S[SLABS][ROWS];  // S^T as saved, to be transposed: rows of V, 16 columns of K
+          for (int m = 0; m < ROWS; ++m) v_new[m] = ((const uint4*)edits)[(at * ROWS + m) * 32 + lane()];
+        };
+        const auto ask_for_S = [&] {
 #pragma unroll
           for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
@@ -640,78 +653,171 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               const int column = min(warp_index + slab * WORKERS, COLUMNS - 1);
               S[slab][m] = ((const uint4*)states)[((state_slot * ROWS + m) * COLUMNS + column) * 32 + lane()];
             }
+        };
+        if constexpr (SEES && SPLIT > 1) ask_for_v_new(), ask_for_S();
+
+        // -- the gradient of the state runs through the blocks --
+#pragma unroll 1
+        for (int s = blocks - 1; s >= 0; --s) {
+          const Ring here = ring.after(blocks - 1 - s);
+          const Slot slot = here.at();
+          u32 v_pairs[4];
+          if (into_write && half == SPLIT - 1)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int row = min(16 * s + quad_row() + 8 * (i & 1), count - 1);
+              const int column = 16 * strip + 8 * (i >> 1) + quad_column();
+              v_pairs[i] = ((const u32*)v)[(((token + row) * parts + part) * V + column) / 2];
+            }
+          wait(here.full(), here.phase);
+          if (s == blocks - 1) {
+            uint4* to = (uint4*)d_states + ((state_slot * ROWS + strip) * COLUMNS + first_slab) * 32 + lane();
+#pragma unroll
+            for (int m = 0; m < HELD; ++m) to[32 * m] = as_uint4(round_to_bf16(dS.x[m]));
+          }
+          Operand d_rows = slot.d().load_transposed(0, 16 * strip);
+          if constexpr (MEAN || HALF)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float2 x = unpack<Input>(d_rows.x[i]);
+              d_rows.x[i] = pack<Bf16>(x.x + d_sum[i & 1], x.y + d_sum[i & 1]);
+            }
+          const bool strong = slot.strong();
+          if (!strong) decay_held(dS, slot, first_slab);  // its keys are decayed to the block's beginning
+          Sums y[4] = {zeros(), zeros(), zeros(), zeros()};
+          if (half == 0) multiply(y[3], d_rows, load_right_transposed(slot.M(), 0, 0));
+#pragma unroll
+          for (int m = 0; m < HELD; ++m)
+            multiply(y[m & 3], round_to_bf16(dS.x[m]), load_right(slot.keys(), 0, 16 * (first_slab ^ m)));
+          if (strong) decay_held(dS, slot, first_slab);
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y[0].x[t][i] = (y[0].x[t][i] + y[1].x[t][i]) + (y[2].x[t][i] + y[3].x[t][i]);
+          if constexpr (SPLIT > 1) {  // the addend of the warp that has the other columns
+            float4* shares = (float4*)(shared + O_SHARES) + turn * (WORKERS * 64) + lane();
+            turn ^= 1;
+#pragma unroll
+            for (int t = 0; t < 2; ++t)
+              shares[warp_index * 64 + 32 * t] = make_float4(y[0].x[t][0], y[0].x[t][1], y[0].x[t][2], y[0].x[t][3]);
+            barrier(2 + strip, 64);
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+              const float4 x = shares[(warp_index ^ ROWS) * 64 + 32 * t];
+              y[0].x[t][0] += x.x, y[0].x[t][1] += x.y, y[0].x[t][2] += x.z, y[0].x[t][3] += x.w;
+            }
+          }
+          Sums dr_sums = zeros();
+          multiply(dr_sums, round_to_bf16(y[0]), load_right_transposed(slot.T(), 0, 0));
+          const Operand dr_rows = round_to_bf16(dr_sums), minus = negate(dr_rows);
+#pragma unroll
+          for (int m = 0; m < HELD; ++m) {
+            multiply(dS.x[m], d_rows, load_right_transposed(slot.q(), 0, 16 * (first_slab ^ m)));
+            multiply(dS.x[m], minus, load_right_transposed(slot.bk_in(), 0, 16 * (first_slab ^ m)));
+          }
+          if (half == 0)
+            ((uint4*)d_edits)[(((block_slot + s) * parts + part) * ROWS + strip) * 32 + lane()] = as_uint4(dr_rows);
+          if constexpr (!SEES) {
+            warp_sync();
+            if (lane() == 0) arrive(here.free());
+            continue;
+          }
+          const Operand dr_t = transpose(dr_rows);
+          if (half == 0) slot.d().store(0, 16 * strip, dr_t);
+          if (into_write && half == SPLIT - 1) {
+            float sums[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float2 x = unpack<Input>(v_pairs[i]), dr = unpack<Bf16>(dr_t.x[i]);
+              sums[i & 1] += x.x * dr.x + x.y * dr.y;
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int row = quad_row() + 8 * i;
+              const float a = slot.a()[row], x = quad_sum(sums[i]) * a * (1 - a);
+              if constexpr (MEAN) d_write_shift += x;  // the same in the four lanes of a row
+              if (READ && (lane() & 3) == 0) da[strip * TILE + 16 * s + row] = x;
+            }
+          }
+        }
+
+        // -- what the content sends back --
+        if constexpr (SEES) {
+          if constexpr (SPLIT == 1) ask_for_v_new();
+          Slot slots[BLOCKS];
+#pragma unroll
+          for (int s = 0; s < BLOCKS; ++s) slots[s] = slot_of(min(s, blocks - 1));
           sync_workers();
-          for (int job = warp_index; job < blocks * (blocks + 1) / 2; job += WORKERS) {
-            const int s = (job > 0) + (job > 2) + (job > 5), j = job - s * (s + 1) / 2;
-            const Slot slot = slot_of(s);
-            const uint4* v_new = slot_of(j).edits() + lane();
+          for (int s = column_of_P + warp_index / BLOCKS; s < blocks; s += WORKERS / BLOCKS) {
             Sums sums[2] = {zeros(), zeros()};
 #pragma unroll
             for (int m = 0; m < ROWS; ++m)
-              multiply(sums[m & 1], slot.d().load(0, 16 * m), transpose(as_operand(v_new[32 * m])));
-            for_each(sums[0], [&](float& x, int row, int column) {
-              x = s > j || row > column ? x + sums[1].x[column >> 3][2 * (row >> 3) + (column & 1)] : 0;
+              multiply(sums[m & 1], slot_of(s).d().load(0, 16 * m), right_transposed(v_new[m]));
+            for_each(sums[0], [&](float& x, int i, int j) {
+              x = s > column_of_P || i > j ? x + sums[1].x[j >> 3][2 * (i >> 3) + (j & 1)] : 0;
             });
-            slot.P().store(0, 16 * j, round_to_bf16(sums[0]));
+            slot_of(s).P().store(0, 16 * column_of_P, round_to_bf16(sums[0]));
           }
+          if constexpr (SPLIT == 1) ask_for_S();
+          Right S_right[SLABS][ROWS];
+#pragma unroll
+          for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int m = 0; m < ROWS; ++m) S_right[slab][m] = right_transposed(S[slab][m]);
           sync_workers();
 
 #pragma unroll
           for (int slab = 0; slab < SLABS; ++slab) {
             const int first_column = 16 * (warp_index + slab * WORKERS);
             if (first_column >= K) continue;
-            Sums dk_in[BLOCKS];  // less a sign
+            // less a sign; of all BLOCKS, so that none waits for a branch: those that are not there repeat the last
+            Sums dk_in[BLOCKS];
+            bool strong[BLOCKS], any_strong = false;
 #pragma unroll
-            for (int s = 0; s < BLOCKS; ++s) dk_in[s] = zeros();
-#pragma unroll
-            for (int m = 0; m < ROWS; ++m) {
-              const Operand S_m = transpose(as_operand(S[slab][m]));
-#pragma unroll
-              for (int s = 0; s < BLOCKS; ++s)
-                if (s < blocks) multiply(dk_in[s], slot_of(s).d().load(0, 16 * m), S_m);
+            for (int s = 0; s < BLOCKS; ++s) {
+              dk_in[s] = zeros();
+              strong[s] = slots[s].strong();
+              any_strong |= strong[s];
             }
 #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-              if (j >= blocks) break;
-              const Slot slot = slot_of(j);
-              const bool strong = slot.strong();
-              const Operand keys = slot.keys().load_transposed(0, first_column);
-              const float4 decay = slot.decay_of_lane(first_column / 16);
-              if (!strong) multiply(dk_in[j], slot.P().load(0, 16 * j), keys);
+            for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-              for (int s = j + 1; s < BLOCKS; ++s)
-                if (s < blocks) {
-                  if (strong) decay_sums(dk_in[s], decay);
-                  multiply(dk_in[s], slot_of(s).P().load(0, 16 * j), keys);
-                  if (!strong) decay_sums(dk_in[s], decay);
-                }
+              for (int s = 0; s < BLOCKS; ++s) multiply(dk_in[s], slots[s].d().load(0, 16 * m), S_right[slab][m]);
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+              const Right keys = load_right_transposed(slots[j].keys(), 0, first_column);
+              const float4 decay = slots[j].decay_of_lane(first_column / 16), one = make_float4(1, 1, 1, 1);
+              Operand P = slots[j].P().load(0, 16 * j);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) P.x[i] = strong[j] ? 0 : P.x[i];
+              multiply(dk_in[j], P, keys);
+#pragma unroll
+              for (int s = j + 1; s < BLOCKS; ++s) {  // a strong block's keys are decayed to its end already
+                decay_sums(dk_in[s], strong[j] ? decay : one);
+                multiply(dk_in[s], slots[s].P().load(0, 16 * j), keys);
+                decay_sums(dk_in[s], strong[j] ? one : decay);
+              }
+            }
+            if (any_strong) {
+              const float* g_rows = g + (token * H_g + head / (HV / H_g)) * K;
+#pragma unroll
+              for (int j = 0; j < BLOCKS; ++j)
+                if (strong[j] && j < blocks)
+                  add_pair_by_pair(dk_in[j], slots[j], g_rows + (i64)16 * j * H_g * K, H_g * K, count - 16 * j, j, first_column);
+            }
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
               for (int t = 0; t < 2; ++t)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                  const int row = quad_row() + 8 * i, column = first_column + 8 * t + quad_column();
-                  u32& pair = slot.e().pair(row, column);
-                  float2 x = make_float2(dk_in[j].x[t][2 * i], dk_in[j].x[t][2 * i + 1]);
-                  if (strong) {  // pair by pair, decay summed up from token i backwards
-                    float2 sum = make_float2(0, 0), pairs = make_float2(0, 0);
-                    const int H_of_g = H_g, g_head = head / (HV / H_g);
-                    const float* g_row = g + ((token + 16 * j) * H_of_g + g_head) * K + column;
-                    for (int i = min(row, count - 16 * j - 1); i >= 0; --i) {
-                      const float2 more = *(const float2*)(g_row + (i64)i * H_of_g * K);
-                      sum = make_float2(sum.x + fmaxf(LOG2_E * more.x, GONE), sum.y + fmaxf(LOG2_E * more.y, GONE));
-                      if (i == 0) break;
-                      const float2 y = unpack<Input>(slot.k().pair(i - 1, column));
-                      const float P = unpack<Bf16>(*(unsigned short*)slot.P().at(row, 16 * j + i - 1)).x;
-                      pairs.x += P * y.x * exp2_(sum.x), pairs.y += P * y.y * exp2_(sum.y);
-                    }
-                    x = make_float2(x.x * exp2_(sum.x) + pairs.x, x.y * exp2_(sum.y) + pairs.y);
-                  }
+                  u32& pair = slots[j].e().pair(quad_row() + 8 * i, first_column + 8 * t + quad_column());
                   const float2 weight = unpack<Bf16>(pair);
-                  x = make_float2(-x.x * weight.x, -x.y * weight.y);
+                  float2 x = make_float2(-dk_in[j].x[t][2 * i] * weight.x, -dk_in[j].x[t][2 * i + 1] * weight.y);
+                  if (j >= blocks) x = make_float2(0, 0);
                   d_erase_shift[slab][t][0] += x.x, d_erase_shift[slab][t][1] += x.y;
-                  if constexpr (READ) pair = pack<Bf16>(x.x, x.y);
+                  if (READ && j < blocks) pair = pack<Bf16>(x.x, x.y);
                 }
-            }
           }
         }
 
@@ -726,8 +832,8 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
             if (s < blocks) {
 #pragma unroll
               for (int m = 0; m < COLUMNS; m += 2) {
-                multiply(dz, slot.e().load(0, 16 * m), up.load(0, 16 * m));
-                multiply(odd, slot.e().load(0, 16 * m + 16), up.load(0, 16 * m + 16));
+                multiply(dz, slot.e().load(0, 16 * m), load_right(up, 0, 16 * m));
+                multiply(odd, slot.e().load(0, 16 * m + 16), load_right(up, 0, 16 * m + 16));
               }
               if (into_write)
 #pragma unroll
@@ -753,15 +859,10 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               }
             }
             if (s < blocks) {
-              Sums z;
-#pragma unroll
-              for (int t = 0; t < 2; ++t) {
-                const float4 x = slot.zs()[t];
-                z.x[t][0] = x.x, z.x[t][1] = x.y, z.x[t][2] = x.z, z.x[t][3] = x.w;
-              }
+              const Sums z = widen(slot.z().load(0, 0));
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
-                const float root = slot.roots()[quad_row() + 8 * i];
+                const float root = slot.raw()[quad_row() + 8 * i];
                 float along = 0;
 #pragma unroll
                 for (int t = 0; t < 2; ++t)
@@ -770,7 +871,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
                     d_write[t][j] += z.x[t][2 * i + j] * d_logit[i];
                     along += z.x[t][2 * i + j] * dz.x[t][2 * i + j];
                   }
-                along = RMS ? quad_sum(along) / R : 0;
+                along = RMS ? quad_sum(along) * part_of_R : 0;
 #pragma unroll
                 for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -778,7 +879,6 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               }
               const Operand dz_rows = round_to_bf16(dz);
               slot.dz().store(0, 0, dz_rows);
-              slot.z().store(0, 0, round_to_bf16(z));
               if (rank == 0) ((uint4*)d_z_all)[((block_slot + s) * HV + head) * 32 + lane()] = as_uint4(dz_rows);
             }
           }
@@ -791,8 +891,8 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll 1
             for (int s = 0; s < blocks; ++s) {
               const Slot slot = slot_of(s);
-              multiply(dZ[slab], to_bf16<Input>(slot.k().load_transposed(0, first_column)), slot.dz().load_transposed(0, 0));
-              multiply(d_up[slab], slot.z().load_transposed(0, 0), slot.e().load_transposed(0, first_column));
+              multiply(dZ[slab], to_bf16<Input>(slot.k().load_transposed(0, first_column)), load_right_transposed(slot.dz(), 0, 0));
+              multiply(d_up[slab], slot.z().load_transposed(0, 0), load_right_transposed(slot.e(), 0, first_column));
             }
           }
 
@@ -806,13 +906,11 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
                 dZ[slab] = zeros();
               }
             sync_workers();
-            if (in_chain) {
-              const uint4* from = (const uint4*)states + (state_slot * ROWS + warp_index) * (COLUMNS * 32) + lane();
+            const uint4* from = (const uint4*)states + ((state_slot * ROWS + strip) * COLUMNS + first_slab) * 32 + lane();
 #pragma unroll
-              for (int m = 0; m < COLUMNS; ++m) {
-                multiply(dS.x[m], down, dZ_shared.load(16 * m, 0));
-                multiply(d_down, as_operand(from[32 * m]), dZ_shared.load_transposed(16 * m, 0));
-              }
+            for (int m = 0; m < HELD; ++m) {
+              multiply(dS.x[m], down, load_right(dZ_shared, 16 * (first_slab + m), 0));
+              multiply(d_down, as_operand(from[32 * m]), load_right_transposed(dZ_shared, 16 * (first_slab + m), 0));
             }
           }
         }
@@ -849,6 +947,10 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
             float* met = (float*)(shared + O_MET) + meeting % 2 * (SPLIT * WORKERS * NUMBERS);
             float4* to = (float4*)(met + (rank * WORKERS + warp_index) * NUMBERS) + (lane() == 1 ? 4 : lane() >> 3);
             const bool sends = lane() % 8 == 0 || lane() == 1;
+            float4 d_raw = make_float4(0, 0, 0, 0), wide_down[2] = {d_raw, d_raw};  // asked for before the wait
+            if (d_content_end && chunk == sequence.chunks - 1) d_raw = four(d_content_end + own * R);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) wide_down[i] = four(p_down + (part * V + row_of_lane + 8 * i) * R);
             if constexpr (SPLIT > 1) {
               if (sends)
                 for (int i = 0; i < SPLIT; ++i) store_into_program(to, i, addend);
@@ -862,7 +964,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               wait(heard, meeting % 2);
             }
             ++meeting;
-            float4 d_z = {0, 0, 0, 0};
+            float4 d_z = make_float4(0, 0, 0, 0);
             const int r = 4 * (lane() & 3);
 #pragma unroll
             for (int i = 0; i < SPLIT * WORKERS; ++i) {
@@ -872,19 +974,26 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
             const float4 raw = *(const float4*)(slot_of(0).raw() + r);
             float root = 1, along = 0;
             if constexpr (RMS) {
-              root = reciprocal_root(quad_sum(dot(raw, raw)) / R + 1e-8f);
-              along = root * root * quad_sum(dot(raw, d_z)) / R;
+              root = reciprocal_root(quad_sum(dot(raw, raw)) * part_of_R + 1e-8f);
+              along = root * root * quad_sum(dot(raw, d_z)) * part_of_R;
             }
-            d_raw = make_float4(d_end.x + root * (d_z.x - raw.x * along), d_end.y + root * (d_z.y - raw.y * along),
-                                d_end.z + root * (d_z.z - raw.z * along), d_end.w + root * (d_z.w - raw.w * along));
-            d_end = make_float4(0, 0, 0, 0);
+            d_raw.x += root * (d_z.x - raw.x * along), d_raw.y += root * (d_z.y - raw.y * along);
+            d_raw.z += root * (d_z.z - raw.z * along), d_raw.w += root * (d_z.w - raw.w * along);
             if (chunk > 0)
 #pragma unroll
-              for (int i = 0; i < 2; ++i) d_sum[i] = quad_sum(dot(wide_down[i], d_raw)) / C;
+              for (int i = 0; i < 2; ++i) d_sum[i] = quad_sum(dot(wide_down[i], d_raw)) * part_of_C;
             if (rank == 0 && warp_index == 0 && lane() < 4) {
+              float* to_begin = d_content + own * R + r;
               if (chunk > 0) *(float4*)(to_sums + r) = d_raw;
+              else if (d_content) {
+                if (r < R) to_begin[0] = d_raw.x;
+                if (r + 1 < R) to_begin[1] = d_raw.y;
+                if (r + 2 < R) to_begin[2] = d_raw.z;
+                if (r + 3 < R) to_begin[3] = d_raw.w;
+              }
               if (lane() == 0) {
                 float x = 0;
+#pragma unroll
                 for (int i = 0; i < SPLIT * WORKERS; ++i) x += met[i * NUMBERS + RANK];
                 to_sums[RANK + K] = x;
               }
@@ -901,24 +1010,17 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     }
 
     // -- gradients of the projections and of the state before the first token --
-    if (d_memory && in_chain) store_rows(d_memory + own_memory, dS);
+    if (d_memory) store_held(d_memory + own_held, dS);
     if constexpr (MEAN) {
-      if (d_content && rank == 0 && warp_index == 0 && lane() < 4) {
-        const float x[4] = {d_raw.x, d_raw.y, d_raw.z, d_raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (4 * lane() + i < R) d_content[own * R + 4 * lane() + i] = x[i];
-      }
-      if (d_content_sum && in_chain && (lane() & 3) == 0)
+      if (d_content && rank == 0 && thread < R && sequence.chunks == 0)
+        d_content[own * R + thread] = d_content_end ? d_content_end[own * R + thread] : 0;
+      if (d_content_sum && half == 0 && (lane() & 3) == 0)
 #pragma unroll
         for (int i = 0; i < 2; ++i) d_content_sum[own_part * V + row_of_lane + 8 * i] = d_sum[i];
     }
     if constexpr (READ) {
-      if (in_chain)
-        for_each(d_down, [&](float& x, int row, int r) {
-          if (r < R) d_p_down[(own_part * V + 16 * warp_index + row) * R + r] = x;
-        });
       sync_workers();  // none needs its slots
+      for_each(d_down, [&](float& x, int row, int r) { last[LAST_DOWN + ((half * V) + 16 * strip + row) * RANK + r] = x; });
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab) {
         const int first_column = 16 * (warp_index + slab * WORKERS);
@@ -940,14 +1042,19 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
   }
 
   if constexpr (READ) {
-    const auto all = [&](int i) { return SPLIT > 1 ? last[i] + load_from_program(last + i, 1) : last[i]; };
+    const auto of_head = [&](int i) { return SPLIT > 1 ? last[i] + load_from_program(last + i, 1) : last[i]; };
     if constexpr (SPLIT > 1) sync_cluster();
     else sync();
+    for (int i = thread; i < V * R; i += THREADS) {
+      float x = 0;
+      for (int half = 0; half < SPLIT; ++half) x += last[LAST_DOWN + (half * V + i / R) * RANK + i % R];
+      d_p_down[own_part * V * R + i] = x;
+    }
     if (rank == 0) {
-      for (int i = thread; i < R * K; i += THREADS) d_p_up[own * R * K + i] = all(i);
+      for (int i = thread; i < R * K; i += THREADS) d_p_up[own * R * K + i] = of_head(i);
       if (thread < R) {
         float x = 0;
-        for (int s = 0; s < BLOCKS; ++s) x += all(RANK * K + s * RANK + thread);
+        for (int s = 0; s < BLOCKS; ++s) x += of_head(RANK * K + s * RANK + thread);
         d_p_write[own * R + thread] = x;
       }
     }
