@@ -51,9 +51,25 @@ class MixerState(NamedTuple):
         conv = self.conv.index_select(0, indices.to(self.conv.device))
         return MixerState(conv, self.memory.select(indices), self.chunk_size)
 
+    def copy(self) -> "MixerState":
+        """The same in memory of its own."""
+        return MixerState(self.conv, CarveState(*each(contiguous_copy, self.memory)), self.chunk_size)
+
 
 def contiguous_copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def decodes(x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether a call of the layer behind others takes the path for the next tokens, which knows no gradients."""
+    return x.is_cuda and x.shape[1] <= DRAFT and cu_seqlens is None and not torch.is_grad_enabled()
+
+
+def writable(x: Tensor) -> bool:
+    """Whether decoding may write into a tensor: no graph has saved it, it is laid out for it, the mode allows it."""
+    if torch.compiler.is_compiling() or x.requires_grad or not x.is_contiguous():  # compiled, one cannot ask the mode
+        return False
+    return torch.is_inference_mode_enabled() or not x.is_inference()
 
 
 def set_initial_values(module: Any) -> None:
@@ -80,16 +96,19 @@ class ShortConvolution(nn.Module):
         bound = self.weight.shape[1] ** -0.5
         return {"weight": torch.empty(self.weight.shape).uniform_(-bound, bound)}
 
-    def forward(self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None, output_state: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Convolve.
 
         Args:
             x: `[B, T, D]`.
             past: `[N, size - 1, D]`, the inputs before the first token; None for zeros.
             cu_seqlens: `[N + 1]`, int32 or int64, for N sequences packed into B = 1.
+            output_state: also return the last inputs.
 
         Returns:
-            y `[B, T, D]`, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`.
+            y `[B, T, D]`, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`, or None.
         """
         T, lags = x.shape[1], self.weight.shape[1] - 1
         weight = self.weight.to(x.dtype)  # under autocast x is narrower, and is to stay so
@@ -99,8 +118,8 @@ class ShortConvolution(nn.Module):
             extended = torch.cat([past, x], dim=1)
             y = x * weight[:, lags]
             for j in reversed(range(lags)):
-                y = y + extended[:, j : j + T] * weight[:, j]
-            return F.silu(y), extended[:, T:].clone()  # a view would keep all of x alive
+                y = torch.addcmul(y, extended[:, j : j + T], weight[:, j])
+            return F.silu(y), extended[:, T:].clone() if output_state else None  # a view would keep all of x alive
 
         cu_seqlens = cu_seqlens.to(x.device, torch.int64)
         lengths, times = cu_seqlens.diff().unsqueeze(-1), torch.arange(T, device=x.device)
@@ -111,23 +130,26 @@ class ShortConvolution(nn.Module):
         y = x[0] * weight[:, lags]
         for j in reversed(range(lags)):  # of the packed neighbours, those in the same sequence
             same = (local >= lags - j).unsqueeze(-1)
-            y = y + torch.where(same, extended[j : j + T], 0) * weight[:, j]
+            y = torch.addcmul(y, torch.where(same, extended[j : j + T], 0), weight[:, j])
 
         lag = torch.arange(lags, device=x.device)
+        if past is not None and T and lags:  # add what the first tokens see of the past
+            after = F.pad(past, (0, 0, 0, lags))
+            seen = torch.stack([after[:, j : j + lags] * weight[:, j] for j in range(lags)]).sum(0)
+            held = lag < lengths
+            rows = torch.where(held, cu_seqlens[:-1].unsqueeze(-1) + lag, 0)
+            seen = torch.where(held.unsqueeze(-1), seen, 0)
+            y = y.index_add(0, rows.flatten(), seen.flatten(0, 1))
+        y = F.silu(y).unsqueeze(0)
+        if not output_state:
+            return y, None
+
         at = lengths - lags + lag  # [N, lags], the last tokens, negative in the past
         last = extended[(cu_seqlens[:-1].unsqueeze(-1) + lags + at).clamp(min=0)]
-        last = torch.where((at >= 0).unsqueeze(-1), last, 0)
+        behind: Tensor | int = 0
         if past is not None:
             behind = torch.take_along_dim(past, (lags + at).clamp(max=lags - 1).unsqueeze(-1), dim=1)
-            last = torch.where((at >= 0).unsqueeze(-1), last, behind)
-            if T and lags:  # add what the first tokens see of the past
-                after = F.pad(past, (0, 0, 0, lags))
-                seen = torch.stack([after[:, j : j + lags] * weight[:, j] for j in range(lags)]).sum(0)
-                held = lag < lengths
-                rows = torch.where(held, cu_seqlens[:-1].unsqueeze(-1) + lag, 0)
-                seen = torch.where(held.unsqueeze(-1), seen, 0)
-                y = y.index_add(0, rows.flatten(), seen.flatten(0, 1))
-        return F.silu(y).unsqueeze(0), last
+        return y, torch.where((at >= 0).unsqueeze(-1), last, behind)
 
 
 class GatedRMSNorm(nn.Module):
@@ -277,20 +299,24 @@ class CarveMixer(nn.Module):
             values["p_write"] = torch.zeros(self.p_write.shape)
         return values
 
+    def log_decay(self, step: Tensor) -> Tensor:
+        """g `[B, T, H, K or 1]` from the step that the token asks for, `[B, T, H K or H]`."""
+        wide = torch.promote_types(step.dtype, torch.float32)  # bfloat16 would round a weak decay to none
+        dt = F.softplus(step + self.dt_bias.to(wide))
+        return -self.A_log.to(wide).exp().unsqueeze(-1) * dt.unflatten(-1, (self.H, -1))
+
     def project(
-        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The arguments of the op, by name, and the last inputs of the convolution; arguments as in `forward`."""
+        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None, output_state: bool = True
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The arguments of the op, by name, and what the convolution returns; arguments as there and in `forward`."""
         B, T, _ = x.shape
         H, HV, K, V = self.H, self.HV, self.K, self.V
-        qkv, last = self.conv(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), past, cu_seqlens)
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        qkv, last = self.conv(qkv, past, cu_seqlens, output_state)
         q, k, v = qkv.split([H * K, H * K, HV * V], dim=-1)
         q, k, v = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, HV, V)
 
-        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round a weak decay to none
-        dt = F.softplus(self.decay_proj(x) + self.dt_bias.to(wide))
-        g = -self.A_log.to(wide).exp().unsqueeze(-1) * dt.unflatten(-1, (H, -1))  # [B, T, H, K or 1]
-        e = self.erase_proj(x)
+        g, e = self.log_decay(self.decay_proj(x)), self.erase_proj(x)
         if self.gates["erase"] == "channel":
             e, w = e.view(B, T, H, K), None
         else:
@@ -309,17 +335,25 @@ class CarveMixer(nn.Module):
         return op, last
 
     def forward(
-        self, x: Tensor, state: MixerState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, MixerState]:
+        self,
+        x: Tensor,
+        state: MixerState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        output_state: bool = True,
+        in_place: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
         """Mix.
 
         Args:
             x: `[B, T, D]`.
             state: of the N sequences, from an earlier call; None at their start.
             cu_seqlens: `[N + 1]`, int32 or int64, for N sequences packed into B = 1.
+            output_state: also return the state behind the last tokens; training needs none.
+            in_place: the state given is used up: decoding may write the new one into it.
 
         Returns:
-            y `[B, T, D]`, and the state of the N sequences after their last tokens.
+            y `[B, T, D]`, and the state of the N sequences after their last tokens, or None.
 
         Raises:
             ValueError: x, the state or cu_seqlens do not fit.
@@ -333,17 +367,20 @@ class CarveMixer(nn.Module):
         past, memory = (None, None) if state is None else (state.conv, state.memory)
         if state is not None:
             self.check_state(state, N)
-        op, last = self.project(x, past, cu_seqlens)
-        decoding = x.is_cuda and x.shape[1] <= DRAFT and cu_seqlens is None and not torch.is_grad_enabled()
-        if memory is not None and decoding:
-            memory = CarveState(*each(contiguous_copy, memory))  # which is moved; who called keeps his
+        op, last = self.project(x, past, cu_seqlens, output_state)
+        if memory is not None and decodes(x, cu_seqlens):
+            if not in_place or not all(writable(y) for y in memory if y is not None):
+                memory = CarveState(*each(contiguous_copy, memory))
             o = decode_carve(**op, state=memory)
         else:
             run = recurrent_carve if x.shape[1] == 1 else chunk_carve
-            o, memory = run(**op, initial_state=memory, output_final_state=True, cu_seqlens=cu_seqlens)
+            o, memory = run(**op, initial_state=memory, output_final_state=output_state, cu_seqlens=cu_seqlens)
+        y = self.o_proj(self.norm(o, self.gate_proj(x).view(o.shape)).flatten(2))
+        if not output_state:
+            return y, None
+        assert last is not None
         assert memory is not None
-        y = self.norm(o, self.gate_proj(x).view(o.shape))
-        return self.o_proj(y.flatten(2)), MixerState(last, memory, self.chunk_size)
+        return y, MixerState(last, memory, self.chunk_size)
 
     def check_state(self, state: MixerState, N: int) -> None:
         """Raise ValueError unless the state is of N sequences and this layer's sizes; the op checks the memory."""

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from carve import CarveMixer
-from carve.mixer import GATES
+from carve import mixer as module
+from carve.mixer import GATES, MixerState
 from carve.ops import recurrent_carve
 from tests.models.tiny import assert_near, error, hear_content
 from tests.tolerances import tolerance
@@ -204,6 +205,82 @@ def test_the_state_stays_float32(content: str, T: int) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         check(layer, x)
     check(layer.bfloat16(), x.bfloat16())
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+def test_without_a_state_the_outputs_are_the_same(arguments: dict[str, Any]) -> None:
+    layer, x = make_layer(**arguments), inputs(1, 11)
+    _, before = layer(inputs(1, 6))
+    for state, bounds in ((None, None), (before, None), (None, torch.tensor([0, 4, 4, 11]))):
+        y, after = layer(x, state, bounds, output_state=False)
+        assert after is None
+        assert torch.equal(y, layer(x, state, bounds)[0])
+
+
+@pytest.fixture
+def decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that the next tokens take on a GPU."""
+    monkeypatch.setattr(module, "decodes", lambda x, cu_seqlens: cu_seqlens is None and not torch.is_grad_enabled())
+
+
+def copied(state: MixerState) -> list[Tensor]:
+    return [y.clone() for y in (state.conv, *state.memory) if y is not None]
+
+
+def assert_is(state: MixerState, expected: list[Tensor]) -> None:
+    for y, z in zip(copied(state), expected, strict=True):
+        assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("arguments", VARIANTS)
+@pytest.mark.parametrize("T", [1, 3])
+@torch.no_grad()
+def test_decoding_writes_into_a_state_only_when_told(arguments: dict[str, Any], T: int, decoding: None) -> None:
+    layer, x = make_layer(**arguments), inputs(2, 6 + T)
+    _, state = layer(x[:, :6])
+    before = copied(state)
+    y, after = layer(x[:, 6:], state)
+    assert_is(state, before)
+    again, moved = layer(x[:, 6:], state, in_place=True)
+    assert torch.equal(again, y)
+    assert_is(moved, copied(after))
+    assert all(found is given for found, given in zip(moved.memory, state.memory, strict=True))
+    assert_near(y, layer(x)[0][:, 6:])
+
+
+def test_a_state_that_must_not_be_written_into_is_copied(decoding: None) -> None:
+    """One that the backward of an earlier call needs; one made in inference mode; one that is a view of another."""
+    layer, x = make_layer(), inputs(2, 9)
+    _, saved = layer(x[:, :7])
+    with torch.inference_mode():
+        _, inferred = layer(x[:, :7])
+    once = inputs(1, 7)
+    with torch.no_grad():
+        _, single = layer(once)
+        memory = type(single.memory)(*(y.expand(2, *y.shape[1:]) for y in single.memory))
+        view = MixerState(single.conv.expand(2, -1, -1), memory, single.chunk_size)
+        for state in (saved, inferred, view):
+            before = copied(state)
+            y, after = layer(x[:, 7:], state, in_place=True)
+            assert_is(state, before)
+            expected, _ = layer(x[:, 7:], state)
+            assert torch.equal(y, expected)
+            layer(x[:, 7:], after, in_place=True)  # which is now its own
+    saved.memory.memory.square().sum().backward()
+    assert layer.v_proj.weight.grad.isfinite().all()
+
+
+def test_what_may_be_written_into() -> None:
+    x = torch.ones(2, 3)
+    with torch.inference_mode():
+        y = torch.ones(2, 3)
+        assert module.writable(y)
+        assert module.writable(x)
+    assert module.writable(x)
+    assert not module.writable(y)
+    assert not module.writable(x.clone().requires_grad_())
+    assert not module.writable(x.mT)
+    assert not torch.compile(module.writable, fullgraph=True, backend="eager")(x)
 
 
 def test_as_in_the_readme() -> None:

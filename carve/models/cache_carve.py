@@ -91,9 +91,15 @@ class CarveCache(DynamicCache):
         super().__init__(config=config)
 
     def copy(self) -> "CarveCache":
-        """A cache of its own with the same content. It costs no memory: layers replace tensors, and write into none."""
+        """A cache of its own with the same content.
+
+        Memories are copied, for decoding writes into them; keys and values are not: attention layers replace theirs.
+        """
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in other.layers:
+            if isinstance(layer, RecurrentCacheLayer) and layer.state is not None:
+                layer.state = layer.state.copy()
         return other
 
     def snapshot(self) -> "CarveCache":

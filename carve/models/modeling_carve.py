@@ -161,8 +161,10 @@ class CarveBlock(GradientCheckpointingLayer):
 
     def recur(self, x: Tensor, layout: Layout, mask: Tensor | None, rotary: Any, cache: Any) -> Tensor:
         layer = None if cache is None else cache.layers[self.layer_idx]
-        y, state = self.mixer(layout.pack(x), None if layer is None else layer.state, layout.cu_seqlens)
-        if layer is not None:
+        if layer is None:
+            y, _ = self.mixer(layout.pack(x), None, layout.cu_seqlens, output_state=False)
+        else:
+            y, state = self.mixer(layout.pack(x), layer.state, layout.cu_seqlens, in_place=True)
             layer.advance(state, x.shape[1])
         return layout.unpack(y, x)
 

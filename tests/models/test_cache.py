@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from carve import CarveForCausalLM
+from carve import CarveForCausalLM, mixer
 from carve.models import CarveCache
 from tests.models.tiny import KINDS, READ, RECURRENT, assert_near, make_model, tiny, tokens
 
@@ -27,6 +27,14 @@ def nbytes(cache: CarveCache) -> int:
     return total
 
 
+@pytest.fixture(params=[False, True], ids=["as on a CPU", "as on a GPU"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, the next tokens are written into the state."""
+    if request.param:
+        monkeypatch.setattr(mixer, "decodes", lambda x, cu_seqlens: cu_seqlens is None and not torch.is_grad_enabled())
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_snapshot_at_every_offset_can_be_restored_again_and_again(kind: str) -> None:
     model, ids = tiny(kind), tokens(2, 20)
@@ -45,6 +53,7 @@ def test_a_snapshot_at_every_offset_can_be_restored_again_and_again(kind: str) -
         assert snapshot.get_seq_length() == offset
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_goes_its_own_way(kind: str) -> None:
     model, ids, other = tiny(kind), tokens(2, 13), tokens(2, 5, seed=1)
@@ -58,6 +67,41 @@ def test_a_copy_goes_its_own_way(kind: str) -> None:
     cache.reset()
     assert (cache.get_seq_length(), copy.get_seq_length()) == (0, 13)
     assert_near(feed(model, ids, cache)[0], feed(model, ids)[0])
+
+
+def test_on_a_gpu_the_memory_of_a_cache_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixer, "decodes", lambda x, cu_seqlens: cu_seqlens is None)
+    model, ids = tiny("read"), tokens(2, 12)
+    _, cache = feed(model, ids[:, :7])
+    memories = [layer.state.memory.memory for layer in cache.layers]
+    logits = [feed(model, ids[:, t : t + 1], cache)[0] for t in range(7, 12)]
+    assert all(layer.state.memory.memory is y for layer, y in zip(cache.layers, memories, strict=True))
+    assert_near(torch.cat(logits, 1), feed(model, ids)[0][:, 7:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("content", ["mean", "read", None])
+def test_decoding_in_place_has_the_bits_of_decoding_copies(
+    content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(["carve"] * 2, torch.bfloat16, head_dim=64, content=content).cuda()
+    ids = tokens(2, 20).cuda()
+
+    def decode() -> list[Tensor]:
+        logits, cache = feed(model, ids[:, :9])
+        snapshot, found = cache.snapshot(), [logits]
+        for _ in range(2):
+            found += [feed(model, ids[:, t : t + 1], cache)[0] for t in range(9, 15)]
+            found.append(feed(model, ids[:, 15:], cache)[0])
+            cache.restore(snapshot)
+        return found
+
+    in_place = decode()
+    monkeypatch.setattr(mixer, "writable", lambda y: False)
+    for y, expected in zip(in_place, decode(), strict=True):
+        assert torch.equal(y, expected)
+    for y, again in zip(in_place[1:8], in_place[8:], strict=True):
+        assert torch.equal(y, again)
 
 
 def test_a_cache_that_carries_gradients_can_be_copied() -> None:

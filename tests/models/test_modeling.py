@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM
 
-from carve import CarveForCausalLM, CarveModel
+from carve import CarveForCausalLM, CarveModel, mixer
+from carve.ops import chunk_carve
 from tests.models.tiny import (
     ALL_LAYERS,
     KINDS,
@@ -270,6 +271,21 @@ def test_when_there_is_a_cache() -> None:
     assert model(ids, use_cache=False).past_key_values is None
     assert model(ids, cu_seqlens=torch.tensor([0, 5])).past_key_values is None
     assert model.train()(ids).past_key_values is None
+
+
+def test_layers_are_asked_for_a_state_only_if_there_is_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(*arguments: Any, output_final_state: bool, **options: Any) -> Any:
+        asked.append(output_final_state)
+        return chunk_carve(*arguments, output_final_state=output_final_state, **options)
+
+    monkeypatch.setattr(mixer, "chunk_carve", note)
+    model, ids = make_model(["carve"] * 2), tokens(1, 5)
+    model(ids)
+    model.train()(ids)
+    model(ids, cu_seqlens=torch.tensor([0, 2, 5]))
+    assert asked == [True] * 2 + [False] * 4
 
 
 # -- training --
