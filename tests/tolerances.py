@@ -17,6 +17,12 @@ TOLERANCES: dict[str, tuple[float, str]] = {
     # -- the op's kernels: norm of the error over the norm, see `tests/ops/test_cuda.py` --
     "op_kernel": (6e-3, "bfloat16 operands (2^-9 each) in float32 sums, and o rounded to 16 bits"),
     "op_kernel_gradient": (1.2e-2, "as op_kernel, through the forward run again and the backward"),
+    "op_kernel_float32": (1e-4, "float32 products in three passes of 10 bits (2e-7), as op_float32 otherwise"),
+    "op_kernel_float32_gradient": (1e-3, "as op_kernel_float32, through the forward run again and the backward"),
+    "op_portable_operands": (
+        0.03,
+        "bfloat16 operands as in op_kernel, as the largest error in place of a norm; the interpreter cuts o off",
+    ),
     "op_around_kernels": (
         0.01,
         "outputs and gradients rounded to bfloat16, those of shared heads once more when summed",
@@ -30,6 +36,10 @@ TOLERANCES: dict[str, tuple[float, str]] = {
     "model_float64": (1e-10, "float64 rounding through up to 6 layers; a leak or a lost token is off by 1e-3 or more"),
     "model_float32": (1e-4, "as model_float64 in float32, each recurrent layer as op_float32"),
     "model_bfloat16": (0.1, "bfloat16 keeps 8 bits; every layer rounds its weights, inputs and outputs to them"),
+    # -- comparisons --
+    "compare_float64": (1e-9, "as model_float64, in nats summed over a text"),
+    "compare_content_effect": (1e-4, "the content term must move losses by this much, or a test of it shows nothing"),
+    "compare_bootstrap": (0.1, "an interval's ends from 10,000 resamples of 400 windows, against the normal ones"),
 }
 
 

@@ -16,12 +16,12 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from carve.ops.chunked import chunked
-from carve.ops.kernels import cuda
+from carve.ops.kernels import cuda, portable
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
 from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PATHS: dict[str, Any] = {"cuda": cuda}  # faster than plain torch, the fastest first
+PATHS: dict[str, Any] = {"cuda": cuda, "triton": portable}  # faster than plain torch, the fastest first
 
 
 class CarveGates(NamedTuple):

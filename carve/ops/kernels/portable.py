@@ -1,0 +1,479 @@
+"""The chunk form in portable Triton kernels, as torch operators `carve::portable_forward` and `portable_backward`.
+
+The forward keeps what the gates of each chunk see, and nothing else. With it the backward prepares every block anew,
+takes the state through the blocks again, its gradient back through them, and then every block on its own
+(`triton_backward.py`). It adds nothing up across programs: what several programs contribute to (projections; keys
+shared by value heads) is written apart and summed afterwards, always in the same order.
+
+In Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same kernels run on a CPU, slowly, for tests.
+"""
+
+import contextlib
+import importlib.util
+from dataclasses import dataclass, replace
+from typing import Any, ContextManager, List  # noqa: UP035
+
+import torch
+from torch import Tensor
+
+from carve.ops.kernels.cuda import CONTENTS, Inputs, needs_gradient, sum_groups, unit
+from carve.ops.recurrence import Options, Projections, Tokens, close_chunk
+from carve.ops.state import CarveState, each
+
+STEP, LARGEST = 16, 256  # K and V are multiples of STEP up to LARGEST
+LARGEST_READ, RANK = 128, 32  # of K and V with "read", and of R: beyond, results on a GPU were wrong
+LONGEST = 2**30  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
+BLOCK, FIELDS = 16, 3  # as in triton_forward.py
+ROOM = 160 * 1024  # bytes of shared memory with which loads can run ahead of their use
+RUN = 64  # blocks whose share of the projections' gradients one program adds up
+LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Tensors = List[Tensor]  # noqa: UP006 (PyTorch 2.6 knows no other name of it in an operator)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched."""
+
+    num_warps: int
+    num_stages: int = 1
+    tile: int = 256  # largest number of columns of V that a program has, or takes at a time
+
+
+# For padded sizes, the larger one of K and V, up to each. benchmarks/triton_table.py measures it.
+LAUNCHES: dict[str, dict[int, Launch]] = {
+    "prepare": {32: Launch(1), 64: Launch(2), 128: Launch(8), 256: Launch(8)},
+    "gated": {32: Launch(1, 2), 64: Launch(4, 2, 64), 128: Launch(4, 2, 64), 256: Launch(8, 1, 64)},
+    "content": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
+    "reverse": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
+    "gradients": {32: Launch(1, 1, 32), 64: Launch(4, 1, 64), 128: Launch(8, 1, 64), 256: Launch(8, 1, 32)},
+}
+
+
+# -- what the kernels serve, and how they are launched --
+
+
+def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
+    """Why the kernels do not serve these inputs; None if they do."""
+    device, K, V = x.v.device, x.q.shape[-1], x.v.shape[-1]
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, expected the package triton"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < LOWEST_TRITON:
+        return f"Triton is {triton.__version__}, expected at least {'.'.join(map(str, LOWEST_TRITON))}"
+    if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        return f"the inputs are on {device}, expected a GPU"
+    for name, y in (("q", x.q), ("k", x.k), ("v", x.v)):
+        if y.dtype not in DTYPES or y.dtype != x.v.dtype:
+            names = ", ".join(map(str, DTYPES))
+            return f"{name} has dtype {y.dtype}, expected q, k and v all in one of {names}"
+    if K % STEP or V % STEP or max(K, V) > LARGEST:
+        return f"K = {K} and V = {V}, expected multiples of {STEP} up to {LARGEST}"
+    if options.content == "read" and max(K, V) > LARGEST_READ:
+        return f"K = {K} and V = {V}, expected at most {LARGEST_READ} with content='read'"
+    if p.down is not None and p.down.shape[-1] > RANK:
+        return f"p_down has R = {p.down.shape[-1]}, expected at most {RANK}"
+    if options.chunk_size > LONGEST:
+        return f"chunk_size is {options.chunk_size}, expected at most {LONGEST}"
+    if device.type == "cuda" and torch.version.cuda is not None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"{device} has compute capability {'.'.join(map(str, capability))}, expected at least 8.0"
+    return None
+
+
+def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
+    """Nothing: Triton compiles a kernel when it is first launched, and keeps it on disk."""
+    return None
+
+
+def shared_room(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    if device.type != "cuda":
+        return ROOM
+    properties: Any = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)
+
+
+def pad(size: int) -> int:
+    """Of a tile's side: the next power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+class Plan:
+    """The blocks of a call's sequences, and what all kernels are launched with."""
+
+    def __init__(self, x: Inputs, kind: str, rms: bool, chunk_size: int) -> None:
+        from carve.ops.kernels import triton_forward
+
+        (B, T, H, self.K), (self.HV, self.V) = x.q.shape, x.v.shape[2:]
+        self.x, self.kind, self.C, self.T = x, kind, chunk_size, T
+        tokens = B * T
+        self.slots = tokens // BLOCK + (tokens // chunk_size if chunk_size % BLOCK else 0) + 2 * x.sequences
+        self.chunks = tokens // chunk_size + 2 * x.sequences
+        self.BK, self.BV, self.BR = pad(self.K), pad(self.V), pad(x.rank or 1)
+        # of operands; Triton's interpreter multiplies no bf16
+        self.low = torch.bfloat16 if x.v.is_cuda and x.v.dtype != torch.float32 else torch.float32
+        exact = "tf32x3" if x.v.is_cuda and torch.version.hip is None else "ieee"
+        fast = "tf32" if exact == "tf32x3" else "ieee"
+        self.constants = {
+            "H": H,
+            "HV": self.HV,
+            "K": self.K,
+            "BK": self.BK,
+            "BR": self.BR,
+            "CONTENT": CONTENTS[kind],
+            "RMS": rms,
+            "PRECISION": exact if self.low == torch.float32 else fast,
+            "WIDE": exact,
+        }
+        self.heads = {"H_g": x.g.shape[2], "H_e": x.e.shape[2]}
+        self.blocks = x.v.new_zeros(self.slots, FIELDS, dtype=torch.int64)
+        self.launch(triton_forward.list_blocks, x.sequences, x.bounds, x.position, self.blocks, T, chunk_size, STEP=128)
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        where: ContextManager = torch.cuda.device(self.x.v.device) if self.x.v.is_cuda else contextlib.nullcontext()
+        if programs:
+            with where:
+                kernel[(programs,)](*arguments, **constants)
+
+    def options(self, name: str) -> Launch:
+        sizes = LAUNCHES[name]
+        how = sizes[next(size for size in sizes if max(self.BK, self.BV) <= size)]
+        tile = min(how.tile, self.BV)
+        # loads may not run ahead of the stores of a state that lies in memory, nor where there is no room for them
+        in_memory = tile < self.BV and name in ("content", "reverse")
+        one = in_memory or self.low == torch.float32 or shared_room(self.x.v.device) < ROOM
+        return replace(how, tile=tile, num_stages=1 if one else how.num_stages)
+
+    def scratch(self, *shape: int, wide: bool = False) -> Tensor:
+        """`[slots, HV, *shape]`, unwritten."""
+        return self.x.v.new_empty(self.slots, self.HV, *shape, dtype=torch.float32 if wide else self.low)
+
+
+class Prepared:
+    """What `prepare` writes; see there."""
+
+    def __init__(
+        self, plan: Plan, contents: Tensor | None, gated: bool, sloped: bool, scale: float, top: float
+    ) -> None:
+        from carve.ops.kernels import triton_forward
+
+        x, K, how = plan.x, plan.K, plan.options("prepare")
+        self.q_in, self.x, self.k_in = (plan.scratch(BLOCK, K) for _ in range(3))
+        self.M, self.decay = plan.scratch(BLOCK, BLOCK, wide=True), plan.scratch(K, wide=True)
+        self.strong = plan.blocks.new_empty(plan.slots, plan.HV, dtype=torch.int32)
+        self.T = plan.scratch(BLOCK, BLOCK, wide=True) if gated else None
+        self.a = plan.scratch(BLOCK, wide=True) if gated else None
+        self.slope = plan.scratch(BLOCK, K) if sloped else None
+        written = [self.q_in, self.x, self.k_in, self.M, self.decay, self.strong, self.T, self.a, self.slope]
+        plan.launch(
+            triton_forward.prepare,
+            plan.slots * plan.HV,
+            *(x.q, x.k, x.g, x.e, x.w, x.p_up, x.p_write, contents, plan.blocks),
+            *written,
+            *(scale, top, x.rank),
+            GATED=gated,
+            **plan.heads,
+            **plan.constants,
+            num_warps=how.num_warps,
+            num_stages=how.num_stages,
+        )
+
+    @property
+    def for_run(self) -> list[Tensor | None]:
+        return [self.q_in, self.x, self.k_in, self.M, self.decay, self.strong, self.T, self.a]
+
+
+def run_blocks(
+    plan: Plan,
+    prepared: Prepared,
+    begin: list[Tensor | None],
+    outputs: list[Tensor | None],
+    gated: bool,
+    top: float,
+) -> None:
+    """outputs: o, the state behind the last token (3), contents, means, states, edits; None for what is not wanted."""
+    from carve.ops.kernels import triton_forward
+
+    x, how = plan.x, plan.options("gated" if gated else "content")
+    if how.tile < plan.BV and not gated and outputs[1] is None:  # where the kernel keeps its state
+        outputs[1:4] = [x.g.new_empty(shape) for shape in x.state_shapes(plan.kind)]
+    plan.launch(
+        triton_forward.run_blocks,
+        x.sequences * plan.HV * (-(-plan.V // how.tile) if gated else 1),
+        *(x.k, x.v, x.g, x.e, x.w, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
+        *prepared.for_run,
+        *begin,
+        *outputs,
+        *(top, x.rank, plan.T, plan.C),
+        V=plan.V,
+        BV=how.tile,
+        GATED=gated,
+        STAGES=how.num_stages,
+        **plan.heads,
+        **(plan.constants | ({"CONTENT": 0} if gated else {})),
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+    )
+
+
+# -- the forward --
+
+
+@torch.library.custom_op("carve::portable_forward", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None,
+    p_down: Tensor | None,
+    p_up: Tensor | None,
+    p_write: Tensor | None,
+    bounds: Tensor | None,
+    position: Tensor | None,
+    memory: Tensor | None,
+    content: Tensor | None,
+    content_sum: Tensor | None,
+    kind: str,
+    rms: bool,
+    chunk_size: int,
+    scale: float,
+    top: float,
+    final: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs; memory, content, content_sum behind the last token, a full chunk not yet closed; two that are saved.
+
+    The arguments up to position: see `Inputs`; kind: "blind", "mean" or "read"; top: largest erase gate. What there
+    is none of, or was not asked for (`final`, `save`), is returned empty.
+    """
+    x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
+    outputs = allocate(x, kind, chunk_size, final, save)
+    plan, gated = Plan(x, kind, rms, chunk_size), kind == "blind"
+    prepared = Prepared(plan, None, gated, False, scale, top)
+    wanted = [y if y.numel() else None for y in outputs]
+    run_blocks(plan, prepared, [memory, content, content_sum], [*wanted, None, None], gated, top)
+    return tuple(outputs)  # type: ignore[return-value]
+
+
+def allocate(x: Inputs, kind: str, chunk_size: int, final: bool, save: bool) -> list[Tensor]:
+    """The forward's outputs, unwritten."""
+    (B, T, HV, V), K, R = x.v.shape, x.q.shape[3], x.rank
+    ends = [x.g.new_empty(shape if final else 0) for shape in x.state_shapes(kind)]
+    chunks = B * T // chunk_size + 2 * x.sequences if save and kind != "blind" else 0
+    return [
+        torch.empty_like(x.v),
+        *ends,
+        x.g.new_empty(chunks, HV, *((K, R) if kind == "read" else (R,))),
+        x.g.new_empty(chunks if kind == "mean" else 0, HV, V),
+    ]
+
+
+@forward.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    kind, _, chunk_size, _, _, final, save = arguments[14:]
+    return tuple(allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save))
+
+
+# -- the backward --
+
+
+@torch.library.custom_op("carve::portable_backward", mutates_args=())
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    e: Tensor,
+    w: Tensor | None,
+    p_down: Tensor | None,
+    p_up: Tensor | None,
+    p_write: Tensor | None,
+    bounds: Tensor | None,
+    position: Tensor | None,
+    memory: Tensor | None,
+    contents: Tensor,
+    means: Tensor,
+    do: Tensor,
+    d_memory: Tensor | None,
+    d_content: Tensor | None,
+    d_content_sum: Tensor | None,
+    kind: str,
+    rms: bool,
+    chunk_size: int,
+    scale: float,
+    top: float,
+) -> Tensors:
+    """Gradients of the first nine arguments and, if there is a memory, of the initial state; else empty.
+
+    contents, means: the last two outputs of `forward`; do: contiguous, of v's dtype; d_memory, d_content,
+    d_content_sum: gradients of the state behind the last token.
+    """
+    from triton import language as tl
+
+    from carve.ops.kernels import triton_backward
+
+    x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
+    outputs = allocate_gradients(x, kind, memory is not None)
+    plan, blind = Plan(x, kind, rms, chunk_size), kind == "blind"
+    x, K, V = plan.x, plan.K, plan.V
+    prepared = Prepared(plan, contents, True, not blind, scale, top)
+    states, edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
+    run_blocks(plan, prepared, [memory, None, None], [None] * 6 + [states, edits], True, top)
+
+    # -- the gradient of the state, from the last block to the first --
+    d_states, d_edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
+    d_sums = torch.empty_like(means)
+    written = [y if y.numel() else None for y in (outputs[6], *outputs[9:])]
+    how = plan.options("gated" if blind else "reverse")
+    if how.tile < plan.BV and not blind and memory is None:  # where the kernel keeps its state
+        written[1:] = [x.g.new_empty(shape) for shape in x.state_shapes(kind)]
+    constants = {name: y for name, y in (plan.constants | plan.heads).items() if name != "H_e"}
+    plan.launch(
+        triton_backward.reverse_blocks,
+        x.sequences * plan.HV * (-(-V // how.tile) if blind else 1),
+        *(x.k, x.v, x.g, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
+        *prepared.for_run,
+        *(prepared.slope, states, edits, contents, means, do, d_memory, d_content, d_content_sum),
+        *(d_states, d_edits, d_sums, *written),
+        *(x.rank, plan.T, plan.C),
+        V=V,
+        BV=how.tile,
+        STAGES=how.num_stages,
+        **constants,
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+    )
+    a = prepared.a
+    del prepared
+
+    # -- every block on its own --
+    how = plan.options("gradients")
+    z = plan.scratch(BLOCK, x.rank, wide=True)
+    dq, dk, dv, dg, de, dw = (y if y.numel() else None for y in outputs[:6])
+    plan.launch(
+        triton_backward.differentiate_blocks,
+        plan.slots * plan.HV,
+        *(x.q, x.k, x.v, x.g, x.e, x.p_up, x.p_write, contents, plan.blocks),
+        *(a, states, edits, do, d_states, d_edits, d_sums),
+        *(dq, dk, dv, dg, de, dw, z),
+        *(scale, top, x.rank),
+        V=V,
+        BV=how.tile,
+        STAGES=how.num_stages,
+        **plan.heads,
+        **plan.constants,
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+    )
+    del states, edits, d_states, d_edits
+    d_up, d_write = outputs[7:9]
+    if not blind:
+        runs = -(-plan.slots // RUN)
+        d_up, d_write = x.g.new_empty(runs, plan.HV, x.rank, K), x.g.new_empty(runs, plan.HV, x.rank)
+        names = ("HV", "K", "BK", "BR", "PRECISION")
+        plan.launch(
+            triton_backward.sum_projections,
+            runs * plan.HV,
+            *(plan.blocks, z, de, dw, d_up, d_write, x.rank, plan.slots),
+            RUN=RUN,
+            LOW=tl.float32 if plan.low == torch.float32 else tl.bfloat16,
+            **{name: plan.constants[name] for name in names},
+        )
+    heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
+    projections = [dy.sum(0) if dy.numel() else dy for dy in (outputs[6], d_up, d_write)]
+    return [*heads, outputs[5], *projections, *outputs[9:]]
+
+
+def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
+    """What the backward kernels write: [B, T, HV, ...] for tokens, [N, HV, ...] for projections and the state."""
+    (B, T, HV, V), K, N, R = x.v.shape, x.q.shape[3], x.sequences, x.rank
+    tokens = [y.new_empty(B, T, HV, V if y is x.v else K) for y in x[:5] if y is not None]
+    tokens.append(x.g.new_empty((B, T, HV) if x.w is not None else 0))
+    projections = [x.g.new_empty(N, HV, *shape) for shape in ((V, R), (R, K), (R,))]
+    return [*tokens, *projections, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
+
+
+@backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    x, begun, kind = Inputs(*arguments[:11]), arguments[11] is not None, arguments[18]
+    written = allocate_gradients(x, kind, begun)
+    heads = [torch.empty_like(y) for y in x[:5] if y is not None]
+    return [*heads, written[5], *(dy[0] if dy.numel() else dy for dy in written[6:9]), *written[9:]]
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, kind, rms, chunk_size, scale, top, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = (kind, rms, chunk_size, scale, top)
+    ctx.save_for_backward(*tensors[:12], *output[4:])
+
+
+def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    *x, memory, contents, means = ctx.saved_tensors
+    do, *ends = d_outputs[:4]
+    do = torch.zeros_like(x[2]) if do is None else do.to(x[2].dtype).contiguous()
+    ends = each(Tensor.contiguous, ends)
+    found = backward(*x, memory, contents, means, do, *ends, *ctx.options)
+    gradients = [None if y is None else dy for y, dy in zip(x[:9], found, strict=False)]
+    state = [dy if dy.numel() else None for dy in found[9:]]
+    return *gradients, None, None, *state, *[None] * 7
+
+
+forward.register_autograd(differentiate, setup_context=keep_for_backward)
+
+
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "the backward of backend='triton' cannot be differentiated, recurrent_carve in torch's can"
+    )
+
+
+backward.register_autograd(refuse_second_derivative)
+
+
+# -- what the public op calls --
+
+
+def fused(
+    x: Tokens, p: Projections, state: CarveState | None, options: Options, cu_seqlens: Tensor | None, final: bool
+) -> tuple[Tensor, CarveState | None]:
+    """Run N sequences; `why_not` has nothing against the arguments.
+
+    Args:
+        x: inputs, `[B, T, ...]`: B sequences of T tokens, or one row of N packed sequences.
+        p: content projections in float32.
+        state: the state before the first tokens; None for zeros.
+        cu_seqlens: `[N + 1]`, int32 or int64, of packed sequences, or None.
+        final: whether to return the state after the last tokens.
+
+    Returns:
+        o `[B, T, HV, V]` in v's dtype, and the state after the last tokens or None.
+    """
+    device, kind = x.v.device, options.content or "blind"
+    q, k = (unit(x.q), unit(x.k)) if options.qk_l2norm else (x.q, x.k)
+    tokens = each(Tensor.contiguous, (q, k, x.v, x.g.float(), x.e, None if x.w is None else x.w.float()))
+    bounds = None if cu_seqlens is None else cu_seqlens.to(device, torch.int64).contiguous()
+    memory, content, content_sum, position = (None,) * 4 if state is None else each(Tensor.contiguous, state)
+    inputs = Inputs(*tokens, *each(Tensor.contiguous, p), bounds, position)  # type: ignore[call-arg]
+    save = needs_gradient([*tokens, *p, memory, content, content_sum])
+    top = 2.0 if options.allow_neg_eigval else 1.0
+    rms = options.content_norm == "rms"
+    o, *ends = forward(
+        *inputs, memory, content, content_sum, kind, rms, options.chunk_size, options.scale, top, final, save
+    )[:4]
+    if not final:
+        return o, None
+    lengths = x.v.new_full((x.v.shape[0],), x.v.shape[1], dtype=torch.int64) if bounds is None else bounds.diff()
+    seen = lengths if position is None else position + lengths
+    full = (seen % options.chunk_size == 0) & (lengths > 0)
+    memory, content, content_sum = ends
+    content = None if kind == "blind" else content
+    content_sum = content_sum if kind == "mean" else None
+    with torch.autocast(device.type, enabled=False):
+        content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
+    return o, CarveState(memory, content, content_sum, seen % options.chunk_size)
