@@ -67,8 +67,9 @@ def op() -> dict[str, Any]:
     limits = ceilings(device)
     rows = []
     for shape in MAIN:
-        rows += bench(shape, ["cuda"], list(CONTENTS), device, ROUNDS)
-        print(markdown(shape, rows[-5:], limits), flush=True)
+        found = bench(shape, ["cuda", "triton"], list(CONTENTS), device, ROUNDS)
+        print(markdown(shape, found, limits), flush=True)
+        rows += found
         torch.cuda.empty_cache()
     return {"copy_bytes_per_second": limits[0], "product_operations_per_second": limits[1], "rows": rows}
 
@@ -190,15 +191,15 @@ def first() -> dict[str, Any]:
 PARTS = {"op": op, "decode": decode, "first": first, "grid": grid}
 
 
-def load() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def save(results: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".partial")
+def save(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, RESULTS)
+    os.replace(partial, path)
 
 
 def tables(results: dict[str, Any]) -> None:
@@ -251,11 +252,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "tables"], default=[*PARTS], help="what to measure")
     parts = [part for part in parser.parse_args().parts if part != "tables"]
-    results = load()
+    results = load(RESULTS)
     for part in parts:
         begin = time.perf_counter()
         results |= {part: PARTS[part](), "system": system()}
-        save(results)
+        save(results, RESULTS)
         print(f"-- {part}: {time.perf_counter() - begin:.0f} s\n", flush=True)
     tables(results)
 
