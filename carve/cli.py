@@ -258,6 +258,24 @@ def lm_eval(
 
 
 @app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="The YAML file of a comparison; see docs/compare.md.")],
+    text: Annotated[Path, typer.Option(help="The folder from which the paths of texts in the file start.")] = Path(),
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of results and report.  [default: runs/ and the file's name]")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many, to go on at the next call.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report again, from what is there.")] = False,
+) -> None:
+    """Train mixers alike, measure them, and report. Run again, it goes on; several processes share a folder's runs."""
+    from carve.compare import compare as run
+
+    _quiet()
+    if not run(file, out or Path("runs", file.stem), text=text, minutes=minutes, report_only=report):
+        raise typer.Exit(130)
+
+
+@app.command()
 def bench(
     batch: Annotated[int, typer.Option(help="B, sequences.")] = 1,
     length: Annotated[int, typer.Option(help="T, tokens of each.")] = 1024,

@@ -1,8 +1,8 @@
 """Text to training sequences: read, tokenise once, keep on disk, pack, with the documents apart.
 
 On disk lie the tokens of all documents one behind the other, each document ended by the end-of-text token, and where
-documents start. Sequence i is tokens i L to (i + 1) L. A document that goes on into the next sequence starts afresh
-there: no memory is carried over.
+documents start. Such a folder can itself be given as data, without the text. Sequence i is tokens i L to (i + 1) L. A
+document that goes on into the next sequence starts afresh there: no memory is carried over.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from carve.text import read_documents, tokenize_stream
 
 HUB = "hub:"
+ABOUT = "about.json"
 
 
 def find_files(data: str) -> list[Path]:
@@ -91,23 +93,52 @@ class Tokens:
 def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.PathLike[str]) -> Tokens:
     """Tokenise once: the next call with the same text and tokenizer finds it in `cache`.
 
+    Args:
+        data: the text; or a folder that an earlier call left in its cache, which is taken as it is.
+
     Raises:
-        ValueError: there is no text, or it is not UTF-8.
+        ValueError: there is no text, it is not UTF-8, or it was tokenised by another tokenizer.
     """
-    folder = Path(cache) / fingerprint(data, tokenizer)
+    known = fingerprint(data, tokenizer)
+    folder = Path(data) if is_tokens(data) else Path(cache) / known
     if not folder.exists():
         _write_tokens(data, tokenizer, folder)
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    about = read_about(folder)
     return Tokens(
         np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"),
         np.load(folder / "starts.npy"),
         about["bytes"],
-        folder.name,
+        known,
     )
 
 
+def is_tokens(data: str) -> bool:
+    """Whether the data is a folder of tokens."""
+    return all((Path(data) / name).is_file() for name in (ABOUT, "ids.bin", "starts.npy"))
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What is known of a folder of tokens."""
+    return json.loads((Path(folder) / ABOUT).read_text(encoding="utf-8"))
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokens and their ids."""
+    tokens = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((tokens, tokenizer.eos_token_id)).encode()).hexdigest()[:24]
+
+
 def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the text's names and content, and of the tokenizer. A Hub data set goes by its name."""
+    """Of the text's names and content, and of the tokenizer. A Hub data set goes by its name.
+
+    Raises:
+        ValueError: no such data, or a folder of tokens of another tokenizer.
+    """
+    if is_tokens(data):
+        about = read_about(data)
+        if about.get("vocabulary") != vocabulary(tokenizer):
+            raise ValueError(f"data is {data!r}, tokens of another tokenizer: expected those of this one")
+        return about["fingerprint"]
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
@@ -149,7 +180,8 @@ def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         if not starts:
             raise ValueError(f"data is {data!r}, which holds no text")
         np.save(partial / "starts.npy", np.asarray(starts, dtype=np.int64))
-        (partial / "about.json").write_text(json.dumps({"dtype": dtype.name, "bytes": size}), encoding="utf-8")
+        about = {"dtype": dtype.name, "bytes": size, "fingerprint": folder.name, "vocabulary": vocabulary(tokenizer)}
+        (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         os.replace(partial, folder)
     except OSError:
         if not folder.exists():  # else another process was faster

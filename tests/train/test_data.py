@@ -70,6 +70,20 @@ def test_tokenised_once_and_again_when_the_text_changes(folder, tmp_path, monkey
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_tokens_need_no_text(folder, tmp_path):
+    before = tokenise(str(folder), byte_tokenizer(), tmp_path / "cache")
+    left = tmp_path / "cache" / before.fingerprint
+    after = tokenise(str(left.rename(tmp_path / "tokens")), byte_tokenizer(), tmp_path / "unused")
+    assert np.array_equal(after.ids, before.ids)
+    assert np.array_equal(after.starts, before.starts)
+    assert (after.bytes, after.fingerprint) == (before.bytes, before.fingerprint)
+    assert not (tmp_path / "unused").exists()
+    other = byte_tokenizer()
+    other.add_tokens(["another"])
+    with pytest.raises(ValueError, match=r"data is '.*tokens', tokens of another tokenizer"):
+        tokenise(str(tmp_path / "tokens"), other, tmp_path / "unused")
+
+
 def test_nothing_half_written_stays(folder, tmp_path, monkeypatch):
     (folder / "z.txt").write_bytes(b"good until \xff here")
     with pytest.raises(ValueError, match=r"z\.txt.*not UTF-8.*11"):

@@ -1,0 +1,506 @@
+"""`carve compare`: the plan, the measurements against slower ones, an interruption, and the report's numbers."""
+
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import carve.compare.report as report
+import carve.compare.run as module
+import carve.train.run as training
+from carve.cli import main
+from carve.compare import compare, read_plan
+from carve.compare.measure import Measure, content_off, documents_of, total
+from carve.compare.plan import parameters_of
+from carve.compare.report import Outcome, outcomes_of, over_seeds, over_windows
+from carve.compare.run import read_results
+from carve.evals import perplexity
+from carve.evals.mixers import mixer_fields
+from carve.models import CarveConfig, CarveForCausalLM
+from carve.train.data import tokenise
+from carve.train.tokenizer import load_tokenizer
+from tests.tolerances import tolerance
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "boil", "jam"]
+TINY = {"hidden_size": 16, "num_heads": 2, "head_dim": 8, "intermediate_size": 32, "chunk_size": 8, "content_rank": 4}
+TEXTS = {"train": [500] * 20, "valid": [150, 40, 90], "test": [70, 120]}  # characters of each document
+
+
+def words(generator: np.random.Generator, size: int) -> str:
+    return " ".join(generator.choice(WORDS, size))[:size]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
+    for name, lengths in TEXTS.items():
+        lines = [json.dumps({"text": words(generator, length)}) for length in lengths]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def comparison(**fields) -> dict:
+    train = {
+        "data": "train.jsonl", "validation": "valid.jsonl", "seq_len": 32, "batch_tokens": 128,
+        "micro_batch": 4, "steps": 6, "warmup_steps": 1, "log_every": 2,
+        "model": {**TINY, "num_hidden_layers": 1, "sliding_window": 16, "initializer_range": 0.1},
+    }  # fmt: skip
+    train |= fields.pop("train", {})
+    whole = {"train": train, "mixers": {"carve-read": None, "gdn2": None}, "baseline": "gdn2", "seeds": 2}
+    return whole | {"learning_rates": [1e-2], "tests": {"test": "test.jsonl"}} | fields
+
+
+def write(path, **fields):
+    path.write_text(yaml.safe_dump(comparison(**fields)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(texts, tmp_path_factory):
+    """A finished comparison: its file and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = write(folder / "toy.yaml")
+    assert compare(file, folder / "out", text=texts)
+    return file, folder / "out"
+
+
+def trained(name: str, layers: int = 2, **fields) -> CarveForCausalLM:
+    """A model in float64 whose content is heard."""
+    torch.manual_seed(0)
+    config = {**TINY, "vocab_size": 258, "sliding_window": 16, "initializer_range": 0.3}
+    model = CarveForCausalLM(CarveConfig(**{**config, **mixer_fields(name, layers), **fields})).double().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("p_up", "p_write")):
+                parameter.normal_(std=2.0)
+    return model
+
+
+# -- measuring --
+
+
+@pytest.fixture(scope="module")
+def valid(texts, tmp_path_factory):
+    return tokenise(str(texts / "valid.jsonl"), load_tokenizer("bytes"), tmp_path_factory.mktemp("cache"))
+
+
+MEASURE = Measure(seq_len=32, micro_batch=4, dtype="float32")
+
+
+@pytest.mark.parametrize("name", ["carve-read", "carve-mean", "gdn2-hybrid"])
+def test_the_scores_are_those_of_perplexity(name, texts, valid):
+    model = trained(name)
+    documents = [json.loads(line)["text"] for line in (texts / "valid.jsonl").open()]
+    expected = perplexity(model, load_tokenizer("bytes"), documents, window=32)
+    score = MEASURE.score_text(model, valid, carried=name != "gdn2-hybrid")
+    assert score["tokens"] == expected.tokens == sum(len(x) - 1 for x in documents_of(valid))
+    assert score["nats"] == pytest.approx(expected.nats, rel=tolerance("compare_float64"))
+    assert (
+        sum(tokens for _, tokens in score["windows"]) == sum(row[3] for row in score["by_context"]) == score["tokens"]
+    )
+    if name != "gdn2-hybrid":
+        expected = perplexity(model, load_tokenizer("bytes"), documents, piece=7)
+        assert score["carried"]["tokens"] == expected.tokens
+        assert score["carried"]["nats"] == pytest.approx(expected.nats, rel=tolerance("compare_float64"))
+        low, high, _, tokens = score["carried"]["by_position"][-1]
+        assert (low, high) == (129, 256)
+        assert tokens == 149 - 128  # of the longest document, behind its first 128 predictions
+
+
+def test_switching_the_content_off_gives_the_blind_model(valid):
+    model, windows = trained("carve-read"), MEASURE.windows(valid)
+    blind = trained("carve-read", content=None)
+    blind.load_state_dict({name: x for name, x in model.state_dict().items() if ".p_" not in name}, strict=True)
+    own, expected = (total(MEASURE.score_windows(each, windows))["nats"] for each in (model, blind))
+    with content_off(model):
+        off = total(MEASURE.score_windows(model, windows))["nats"]
+    assert off == pytest.approx(expected, rel=tolerance("compare_float64"))
+    assert abs(off - own) > tolerance("compare_content_effect")
+    assert total(MEASURE.score_windows(model, windows))["nats"] == own  # and it is on again
+
+
+@pytest.mark.parametrize("name", ["carve-read", "carve-mean"])
+def test_another_sequences_content(name, valid):
+    """Of a window paired with itself it is its own; of a pair it is what each would see alone, put in by hand."""
+    model = trained(name, layers=1)
+    first, second = MEASURE.windows(valid)[:2]
+    own = MEASURE.score_windows(model, [first, second])
+    by_chunks = MEASURE.score_by_chunks(model, [first, second], swapped=False)
+    twice = MEASURE.score_by_chunks(model, [first, first], swapped=True)
+    for found, expected in zip([*by_chunks, *twice], [*own, own[0], own[0]], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=tolerance("compare_float64"))
+    swapped = MEASURE.score_by_chunks(model, [first, second], swapped=True)
+    for found, expected in zip(swapped, own, strict=True):
+        np.testing.assert_allclose(found[:8], expected[:8], rtol=tolerance("compare_float64"))  # nothing is stored yet
+        assert np.abs(found[8:] - expected[8:]).max() > tolerance("compare_content_effect")
+
+
+def test_what_the_content_does_is_reported(valid):
+    found = MEASURE.content_report(trained("carve-read"), load_tokenizer("bytes"), valid)
+    assert found["off"]["tokens"] == sum(len(x) - 1 for x in documents_of(valid))
+    assert found["swapped"]["tokens"] == 2 * 32 * (sum((len(x) - 1) // 32 for x in documents_of(valid)) // 2)
+    assert [layer["layer"] for layer in found["gates"]] == [0, 1]
+    for layer in found["gates"]:
+        assert len(layer["erase_shift"]) == len(layer["write_shift"]) == 2
+        assert min(layer["erase_shift"] + layer["write_shift"]) > 0
+    assert (
+        MEASURE.content_report(trained("carve-read", chunk_size=32), load_tokenizer("bytes"), valid)["swapped"] is None
+    )
+
+
+# -- the plan --
+
+
+def facts(names=("data", "validation", "test")) -> dict:
+    return {"vocab_size": 258, "fingerprints": dict.fromkeys(names, "x")}
+
+
+def test_widths_give_equal_parameters(tmp_path):
+    mixers = {"carve-mean": None, "gdn2": None, "kda": None, "full_attention": None, "gdn2-hybrid": None}
+    model = {**TINY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+    file = write(tmp_path / "c.yaml", mixers=mixers, matching=["shape", "parameters"], train={"model": model})
+    plan = read_plan(file).with_facts(facts())
+    target = parameters_of(plan.model("gdn2", "shape"))["all"]
+    for label in mixers:
+        same, fitted = plan.model(label, "shape"), plan.model(label, "parameters")
+        assert same["intermediate_size"] == 160
+        assert {**fitted, "intermediate_size": 160} == same
+        built = CarveForCausalLM(CarveConfig(**fitted))
+        count = sum(p.numel() for p in built.parameters())
+        assert abs(count - target) <= 0.005 * target
+        assert parameters_of(fitted) == {
+            "all": count,
+            "without embeddings": count - 258 * 64,
+            "mixers": sum(p.numel() for name, p in built.named_parameters() if ".mixer." in name),
+        }
+    assert plan.model("kda", "parameters")["intermediate_size"] != 160
+    assert plan.run("gdn2", "shape", 1e-2, 0).key == plan.run("gdn2", "parameters", 1e-2, 0).key  # trained once
+    narrow = write(tmp_path / "n.yaml", matching=["parameters"], mixers={"gdn2": None, "big": {"mixer": "carve-read",
+        "model": {"content_rank": 4000}}})  # fmt: skip
+    with pytest.raises(ValueError, match="mixers has 'big': no width of its MLP gives"):
+        read_plan(narrow).with_facts(facts())
+
+
+def test_the_best_rate_of_each_mixer_is_used_for_all_its_seeds(tmp_path):
+    mixers = {"carve-read": None, "gdn2": {"seeds": 1}}
+    file = write(
+        tmp_path / "c.yaml", mixers=mixers, learning_rates=[1e-3, 1e-2, 1e-1], matching=["shape", "parameters"]
+    )
+    plan = read_plan(file).with_facts(facts())
+    assert [run.described for run in plan.wanted({})] == [
+        f"{label}, learning rate {rate}, seed 0" for label in mixers for rate in ("0.001", "0.01", "0.1")
+    ]
+    assert plan.left({}) == 6 + 3  # 2 seeds x 2 matchings, less the one that the sweep has; gdn2's is there
+    best = {"carve-read": 1e-2, "gdn2": 1e-1}
+    results = {}
+    for label in mixers:
+        for run in plan.sweep(label):
+            nats = 1.0 if run.train["learning_rate"] == best[label] else 2.0
+            results[run.key] = {"texts": {"validation": {"nats": nats, "tokens": 1}}}
+    assert {label: plan.best_rate(label, results) for label in mixers} == best
+    left = [(run.label, run.train["learning_rate"], run.train["seed"]) for run in plan.wanted(results)]
+    assert left == [("carve-read", 1e-2, 0), ("carve-read", 1e-2, 1), ("carve-read", 1e-2, 1)]
+    assert plan.left(results) == 3
+    run = plan.sweep("gdn2")[2]
+    results[run.key] = {"texts": {}, "diverged": "..."}
+    assert plan.best_rate("gdn2", results) == 1e-3
+
+
+def test_the_comparisons_that_come_with_the_package(tmp_path):
+    page = re.search("```yaml\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    (tmp_path / "page.yaml").write_text(page[1])
+    plans = {
+        path.stem: read_plan(path) for path in [*(ROOT / "benchmarks" / "compare").glob("*.yaml"), *tmp_path.iterdir()]
+    }
+    assert sorted(plans) == ["ablations", "language", "page", "small", "toy"]
+    for plan in plans.values():
+        assert plan.with_facts(facts()).left({})
+    assert plans["small"].common == plans["ablations"].common  # so that they can share a folder
+
+
+def test_variants_override_the_model(tmp_path):
+    variant = {"mixer": "carve-read", "model": {"chunk_size": 4, "content_norm": None}}
+    file = write(tmp_path / "c.yaml", mixers={"gdn2": None, "read, chunk 4": variant})
+    run = read_plan(file).with_facts(facts()).run("read, chunk 4", "shape", 1e-2, 1)
+    assert run.train["seed"] == 1
+    model = run.configuration["train"]["model"]
+    assert (model["content"], model["content_norm"], model["chunk_size"]) == ("read", None, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mixers": {"gdn2": None, "carve-red": None}}, "there is no mixer 'carve-red'; did you mean 'carve-read'"),
+        ({"mixers": {"gdn2": {"modle": {}}}}, "'modle' is no field of mixers: gdn2; did you mean 'model'"),
+        ({"mixers": {"gdn2": {"model": {"chunksize": 4}}}}, "did you mean 'chunk_size'"),
+        ({"mixers": {"gdn2": {"seeds": 0}}}, "seeds is 0, expected an integer of at least 1"),
+        ({"train": {"learning_rate": 1.0}}, "'learning_rate' is no field of train"),
+        ({"baseline": "kda"}, "baseline is 'kda', expected one of the mixers: carve-read, gdn2"),
+        ({"learning_rates": []}, "learning_rates is"),
+        ({"learning_rates": ["1e-3"]}, "written 1.0e-3"),
+        ({"matching": ["size"]}, "matching is"),
+        ({"tests": {"validation": "x"}}, "expected another name"),
+        ({"train": {"out": "x"}}, "'out' is no field of train"),
+        ({"train": {"validation": None}}, "validation is None, expected a path"),
+        ({"train": {"batch_tokens": 100}}, "batch_tokens is 100, expected a multiple"),
+        ({"mixers": {"gdn2": None, "full_attention": {"model": {"max_position_embeddings": 16}}}},
+         "sequences of 32 tokens, but the model has max_position_embeddings = 16"),
+        ({"sead": 1}, "'sead' is no field of a comparison; did you mean 'seeds'"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit(fields, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        read_plan(write(tmp_path / "c.yaml", **fields))
+
+
+def refused(capsys, monkeypatch, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["carve", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert errors.startswith("carve: error: ")
+    return errors
+
+
+def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
+    file, out = write(tmp_path / "c.yaml"), tmp_path / "out"
+    assert "no file" in refused(capsys, monkeypatch, tmp_path / "none.yaml")
+    assert "no such file" in refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out)
+    for name in TEXTS:
+        (tmp_path / f"{name}.jsonl").write_text((texts / f"{name}.jsonl").read_text())
+    (tmp_path / "test.jsonl").write_text("")
+    assert "test is" in (errors := refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out))
+    assert "which is empty" in errors
+    (tmp_path / "test.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "valid.jsonl").write_text('{"text": "too short"}\n')
+    assert "expected at least 32" in refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out)
+    unknown = write(tmp_path / "t.yaml", train={"tokenizer": "tokenizer"})
+    assert "neither 'bytes' nor one that loads" in refused(capsys, monkeypatch, unknown, "--text", texts, "--out", out)
+    assert "minutes is 0.0" in refused(capsys, monkeypatch, file, "--text", texts, "--minutes", 0)
+    assert "no comparison.json" in refused(capsys, monkeypatch, file, "--out", tmp_path / "new", "--report")
+    assert not (out / "runs").exists()
+
+
+def test_results_of_another_comparison(whole, texts, tmp_path, capsys, monkeypatch):
+    _, out = whole
+    longer = write(tmp_path / "c.yaml", train={"steps": 7})
+    errors = refused(capsys, monkeypatch, longer, "--out", out, "--text", texts)
+    assert "results of another comparison: train: steps is 6 there, 7 here" in errors
+    for name in TEXTS:
+        (tmp_path / f"{name}.jsonl").write_text((texts / f"{name}.jsonl").read_text())
+    (tmp_path / "train.jsonl").write_text((texts / "train.jsonl").read_text() + '{"text": "more"}\n')
+    errors = refused(capsys, monkeypatch, write(tmp_path / "d.yaml"), "--out", out, "--text", tmp_path)
+    assert "texts: fingerprints: data is" in errors
+
+
+# -- the whole --
+
+
+def test_every_mixer_sees_the_same_data_in_the_same_order(texts, tmp_path, monkeypatch):
+    seen: dict[str, list] = {}
+    forward = CarveForCausalLM.forward
+
+    def remember(self, *args, **kwargs):
+        if self.training:
+            seen.setdefault(self.config.layer_types[0], []).append(kwargs["input_ids"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CarveForCausalLM, "forward", remember)
+    monkeypatch.setattr(module, "measure_speed", lambda runs, device: [{}] * len(runs))
+    monkeypatch.setattr(module, "write_report", lambda *_: "")
+    file = write(tmp_path / "c.yaml", seeds=1, train={"steps": 2}, mixers={"gdn": None, "full_attention": None},
+                 baseline="gdn", tests={})  # fmt: skip
+    assert compare(file, tmp_path / "out", text=texts)
+    assert len(seen["gdn"]) == 2
+    for one, other in zip(seen["gdn"], seen["full_attention"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, capsys):
+    """The time is over within the second run: it is saved, taken up again, and ends as without the interruption."""
+    _, out = whole
+    expected = read_results(out)
+
+    class Alarm(training.ShowProgress):
+        runs = 0
+
+        def on_step_begin(self, args, state, control, **_):
+            Alarm.runs += state.global_step == 0
+            if Alarm.runs == 2 and state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGALRM)
+
+    monkeypatch.setattr(module, "measure_speed", lambda runs, device: [{}] * len(runs))
+    monkeypatch.setattr(module, "write_report", lambda *_: "")
+    short = write(tmp_path / "c.yaml", seeds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "ShowProgress", Alarm)
+        assert compare(short, tmp_path / "out", text=texts, minutes=60)  # in time, so that it is no failure
+    assert "stopped with 1 runs left" in capsys.readouterr().err
+    assert len(read_results(tmp_path / "out")) == 1
+    assert len(list((tmp_path / "out" / "runs").glob("*/checkpoint-4"))) == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def no_first_steps(self, args, state, control, **_):
+        assert state.global_step >= 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Alarm, "on_step_begin", no_first_steps)
+        patch.setattr(training, "ShowProgress", Alarm)
+        assert compare(short, tmp_path / "out", text=texts)
+    found = read_results(tmp_path / "out")
+    assert len(found) == 2
+    for key in found:
+        assert found[key] == expected[key]
+    monkeypatch.setattr(module, "make", None)
+    assert compare(short, tmp_path / "out", text=texts)  # nothing is left to do
+
+
+def test_a_run_that_another_process_has_is_left_to_it(whole, texts, tmp_path, monkeypatch):
+    """Here the other one holds the lock of the first run, and gives it back without a result."""
+    file, _ = whole
+    made, out = [], tmp_path / "out"
+
+    def make(plan, run, texts, out):
+        made.append(run.described)
+        if len(made) == 3:
+            held.__exit__(None, None, None)
+        score = {"nats": 1.0, "tokens": 1}
+        return {"texts": {"validation": score}, "device": "CPU"}
+
+    monkeypatch.setattr(module, "make", make)
+    monkeypatch.setattr(module, "measure_speed", lambda runs, device: [{}] * len(runs))
+    monkeypatch.setattr(module, "write_report", lambda *_: "")
+    plan = read_plan(file, texts)
+    known = json.loads((whole[1] / "comparison.json").read_text())["texts"]
+    runs = plan.with_facts(known).wanted({})
+    held = module.locked(out / "runs" / f"{runs[0].key}.lock")
+    assert held.__enter__()
+    assert compare(file, out, text=texts)
+    assert made == [run.described for run in (*runs[1:], runs[0])]
+
+
+def test_a_run_that_diverges_is_a_result(whole, texts, tmp_path):
+    plan = read_plan(write(tmp_path / "c.yaml", learning_rates=[1e6], seeds=1), texts)
+    plan, read = module.read_texts(plan, tmp_path)
+    record = module.make(plan, plan.wanted({})[0], read, tmp_path)
+    assert record["texts"] == {}
+    assert "finite" in record["diverged"] or "not a number" in record["diverged"]
+
+
+def row(page: str, section: str, label: str) -> list[str]:
+    """The cells of a mixer's row in the first table behind a line of that text."""
+    behind = page[page.index(section) :]
+    line = next(line for line in behind.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_the_reports_numbers(whole, texts):
+    """Computed again, from the files of results alone."""
+    _, out = whole
+    runs, keys = {}, {}
+    for path in (out / "results").iterdir():
+        record = json.loads(path.read_text())
+        train = record["configuration"]["train"]
+        runs[train["model"]["layer_types"][0], train["seed"]] = record
+        keys[train["model"]["layer_types"][0], train["seed"]] = path.stem
+    speeds = json.loads((out / "speed.json").read_text())
+    assert sorted(runs) == [(kind, seed) for kind in ("carve", "gdn2") for seed in (0, 1)]
+    page = (out / "toy.md").read_text()
+
+    def losses(kind, text):
+        return [runs[kind, seed]["texts"][text]["nats"] / runs[kind, seed]["texts"][text]["tokens"] for seed in (0, 1)]
+
+    for label, kind in (("carve-read", "carve"), ("gdn2", "gdn2")):
+        for at, text in enumerate(("validation", "test")):
+            found = [math.exp(x) for x in losses(kind, text)]
+            expected = f"{sum(found) / 2:.3f} ± {abs(found[0] - found[1]) / math.sqrt(2):.3f}"
+            assert row(page, "Perplexity:", label)[at] == expected
+        speed = speeds[keys[kind, 0]]["tokens_per_second"]
+        counts = runs[kind, 0]["parameters"]
+        expected = [f"{counts[name]:,}" for name in ("all", "without embeddings", "mixers")]
+        assert row(page, "Equal shape", label) == [*expected, "32", f"{statistics.median(speed):,.0f}", "–", "2"]
+
+    for text in ("validation", "test"):
+        first, second = (a - b for a, b in zip(losses("carve", text), losses("gdn2", text), strict=True))
+        mean, error = (first + second) / 2, abs(first - second) / 2
+        cells = row(page, f"Against gdn2 on {text}", "carve-read")
+        assert cells[:2] == [f"{mean:+.4f}", f"{100 * (math.exp(mean) - 1):+.2f} %"]
+        # Student's t of one degree of freedom is Cauchy's distribution: its 97.5 % quantile is tan(0.475 pi).
+        reach = math.tan(0.475 * math.pi) * error
+        assert cells[2] == f"{mean - reach:+.4f} to {mean + reach:+.4f}"
+        low, high = map(float, cells[3].split(" to "))
+        assert low < mean < high
+
+    whole_, off = runs["carve", 0]["texts"]["validation"], [runs["carve", seed]["content"]["off"] for seed in (0, 1)]
+    rises = [x["nats"] / x["tokens"] - loss for x, loss in zip(off, losses("carve", "validation"), strict=True)]
+    mean, error = sum(rises) / 2, abs(rises[0] - rises[1]) / math.sqrt(2)
+    assert off[0]["tokens"] == whole_["tokens"]
+    assert row(page, "What the trained content term does", "carve-read")[0] == f"{mean:+.4f} ± {error:.4f}"
+    pictures = re.findall(r"\]\((\w+\.png)\)", page)
+    for name in pictures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(pictures) == [f"toy_{name}.png" for name in ("gates", "perplexity", "position")]
+
+
+def test_the_report_alone_needs_no_text(whole, tmp_path, monkeypatch, capsys):
+    file, out = whole
+    before = (out / "toy.md").read_text()
+    (out / "toy.md").unlink()
+    monkeypatch.setattr(report, "replace", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["carve", "compare", str(file), "--out", str(out), "--report"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == str(out / "toy.md")
+    assert (out / "toy.md").read_text() == before
+
+
+def outcome(label: str, seeds: list[list[list[float]]]) -> Outcome:
+    """A mixer with the windows of a text `[seeds][windows]` of (nats, tokens)."""
+    scores = [
+        {"nats": sum(x for x, _ in windows), "tokens": sum(n for _, n in windows), "windows": windows}
+        for windows in seeds
+    ]
+    return Outcome(label, "shape", None, {i: {"texts": {"test": x}} for i, x in enumerate(scores)}, len(seeds), None)
+
+
+def test_intervals():
+    """The bootstrap is as wide as the standard error says; differences that do not vary have no width."""
+    generator = np.random.default_rng(1)
+    base = generator.normal(300, 30, 400)
+    shift = generator.normal(-1, 2, 400)
+    ours, other = outcome("a", [[[x, 100] for x in base + shift]]), outcome("b", [[[x, 100] for x in base]])
+    assert over_seeds(ours, other, "test") is None  # of one seed
+    mean, low, high = over_windows(ours, other, "test")
+    error = shift.std() / math.sqrt(400) / 100
+    assert mean == pytest.approx(shift.mean() / 100)
+    assert [low, high] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], rel=tolerance("compare_bootstrap"))
+
+    seeds = [-0.01, -0.03, -0.02]
+    ours, other = outcome("a", [[[300 + 100 * d, 100]] for d in seeds]), outcome("b", [[[300, 100]]] * 3)
+    found = over_seeds(ours, other, "test")
+    reach = 4.302653 * 0.01 / math.sqrt(3)  # Student's t of two degrees of freedom, from a table
+    assert found == pytest.approx((-0.02, -0.02 - reach, -0.02 + reach), rel=tolerance("compare_bootstrap"))
+    assert over_windows(ours, other, "test") == pytest.approx((-0.02, -0.02, -0.02))
+
+
+def test_an_unfinished_comparison_is_said_to_be_one(whole, texts):
+    file, out = whole
+    known = json.loads((out / "comparison.json").read_text())["texts"]
+    plan = read_plan(file, texts).with_facts(known)
+    results = read_results(out)
+    some = {run.key: results[run.key] for run in plan.sweep("gdn2")}
+    assert [x.label for x in outcomes_of(plan, some, {})["shape"]] == ["gdn2"]
+    assert "3 runs are left" in "\n".join(report.opening(plan, some))
