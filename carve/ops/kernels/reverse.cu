@@ -1,7 +1,7 @@
-// The backward's sequential part: the gradient of the state, from the last tile of a sequence to the first, one value
-// head a program, or a cluster of SPLIT programs with V of its values each.  It leaves behind what lets `gradients.cu`
-// differentiate every tile on its own: the gradient of the state behind each tile, dr of each block, and what the
-// content sends back.
+// The backward's sequential part: the gradient of the state, from the last tile of a sequence to the first, one value head
+// a program, or a cluster of SPLIT programs with V of its values each.  It leaves behind what lets `gradients.cu`
+// differentiate every tile on its own: the gradient of the state behind each tile, dr of each block, and what the content
+// sends back.
 //
 // With d the gradient of the outputs (for "mean", that of the running sum added), r = a v - (b k exp G) S and dS the
 // gradient of the state behind a block:
@@ -9,23 +9,20 @@
 //     dv_new = M^T d + (k exp(G_16 - G)) dS             dr = T^T dv_new
 //     dS    <- Diag(exp G_16) dS + (scale q exp G)^T d - (b k exp G)^T dr
 //
-// The content is known, so only dS waits for what comes behind.  Preparing warps copy inputs and turn them, block by
-// block, into what this chain needs, as in `forward.cu`: through a ring of slots, about a tile ahead.  Workers run the
-// chain, each with 16 rows of V and all columns of K, or half of them where SPLIT leaves few rows; then the addends of
-// dv_new meet in shared memory.
-//
-// The content needs the gradient of the erase gates too.  With S the state before a tile, D_s the decay of its block s
-// and x = k exp -G,
+// The content is known, so all but dS is independent of what comes behind.  Preparing warps copy inputs and turn them,
+// block by block, into what the chain needs, as in `forward.cu`: through a ring of slots, about a tile ahead.  Working
+// warps run the chain, 16 rows of V each.  The content needs the gradient of the erase gates too.  With S the state before
+// a tile, D_s the decay of its block s and x = k exp -G,
 //
 //     d(b k exp G)_s = -((dr_s S^T D_0 + P_s0 x_0 D_0) D_1 + P_s1 x_1 D_1 ...) - P_ss x_s      P_sj = dr_s v_new_j^T
 //
-// (P_ss strictly lower): products over V, done when a tile's dr are all there, by the warp that has the columns of K.
-// As all this is linear in dr, programs of a cluster add up only what the content receives: for "mean" 16 numbers a
+// (P_ss strictly lower): products over V, done when a tile's dr are all there, by the warp that has the columns of K.  As
+// everything here is linear in dr, programs of a cluster add up only what the content receives: for "mean" 16 numbers a
 // chunk, for "read" 16 a token.
 
 constexpr int WORKERS = SPLIT * ROWS, PREPARERS = 4;  // warps
 constexpr int HELD = COLUMNS / SPLIT;                 // slabs of 16 columns of dS^T that a worker holds, with 16 rows
-constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // those that it has when dr are there, with all rows
+constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // those that it has when dr are all there, with all rows
 constexpr int OWN = K / 32;                           // columns of a block that a lane of a preparing warp has
 constexpr bool SEES = MEAN || READ;
 
@@ -33,16 +30,15 @@ constexpr int NUMBERS = RANK + 4;                     // that a worker adds to t
 constexpr int UP_BYTES = MEAN ? RANK * K * 4 : READ ? RANK * K * 2 : 0;
 constexpr int MET_BYTES = MEAN ? 2 * SPLIT * WORKERS * NUMBERS * 4 : READ && SPLIT > 1 ? 2 * BLOCKS * 1024 : 0;
 constexpr int O_UP = 0, O_WRITE = O_UP + UP_BYTES, O_MET = O_WRITE + RANK * 4, O_DA = O_MET + MET_BYTES;
-constexpr int O_SHARES = O_DA + (READ ? ROWS * TILE * 4 : 0);
-constexpr int O_SIGNALS = O_SHARES + (SPLIT > 1 ? 2 * WORKERS * 1024 : 0);
-constexpr int O_RING = Aligned<O_SIGNALS + 16 * 8 + 16>::bytes;
+constexpr int O_SHARES = O_DA + (READ ? ROWS * TILE * 4 : 0), O_SIGNALS = O_SHARES + (SPLIT > 1 ? 2 * WORKERS * 1024 : 0);
+constexpr int O_RING = Aligned<O_SIGNALS + 16 * 8 + 8>::bytes;
 
 // A slot.  q_in lies over q, weights over e, b k exp G and x over g, dr over d; when the chain is through, P over q_in.
 constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2, SQUARE = BLOCK * BLOCK * 2;
 constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_KEYS = O_G + K_ROWS;
-constexpr int O_D = O_G + 2 * K_ROWS, O_M = O_D + V_ROWS, O_T = O_M + SQUARE, O_Z = O_T + SQUARE;
-constexpr int O_DECAY = O_Z + SQUARE, O_GATES = O_DECAY + K * 4, O_RAW = O_GATES + BLOCK * 4;
-constexpr int O_STRONG = O_RAW + RANK * 4, SLOT = Aligned<O_STRONG + 4>::bytes;
+constexpr int O_D = O_G + 2 * K_ROWS, O_M = O_D + V_ROWS, O_T = O_M + SQUARE, O_Z = O_T + SQUARE, O_DECAY = O_Z + SQUARE;
+constexpr int O_GATES = O_DECAY + K * 4, O_RAW = O_GATES + BLOCK * 4, O_STRONG = O_RAW + RANK * 4;
+constexpr int SLOT = Aligned<O_STRONG + 4>::bytes;
 
 constexpr int ROOM = (CARVE_SHARED - O_RING) / SLOT, RING = ROOM < 8 ? ROOM : 8;  // slots
 constexpr int SHARED_BYTES = O_RING + RING * SLOT;
@@ -393,9 +389,7 @@ DEVICE Held load_held(const float* memory) {
   Held S;
 #pragma unroll
   for (int m = 0; m < HELD; ++m)
-    for_each(S.x[m], [&](float& x, int row, int column) {
-      x = memory ? memory[(16 * m + column) * (SPLIT * V) + row] : 0;
-    });
+    for_each(S.x[m], [&](float& x, int row, int column) { x = memory ? memory[(16 * m + column) * (SPLIT * V) + row] : 0; });
   return S;
 }
 DEVICE void store_held(float* memory, Held& S) {
@@ -413,9 +407,10 @@ DEVICE void decay_held(Held& S, Slot slot, int first_slab) {
   for (int m = 0; m < HELD; ++m) decay_sums(S.x[m], slot.decay_of_lane(first_slab + m));
 }
 
-// A strong block's d(b k), less a sign, from what d(b k exp G) is without P of the block itself: pair by pair, decay
-// summed up from token i backwards.  g: of the block's first token in device memory, rows `stride` apart.
-DEVICE void add_pair_by_pair(Sums& x, Slot slot, const float* g, int stride, int count, int s, int first_column) {
+// A strong block's d(b k), less a sign and with its gates: from what d(b k exp G) is without P of the block itself, pair by
+// pair, decay summed up from token i backwards.  g: of the block's first token in device memory, rows `stride` apart.
+DEVICE void add_pair_by_pair(
+    Sums& x, Slot slot, const float* g, int stride, int count, int s, int first_column) {
 #pragma unroll 1
   for (int part = 0; part < 4; ++part) {  // two neighbours of this lane's eight numbers; as one copy of the code
     const int t = part >> 1, i = part & 1;
@@ -442,12 +437,12 @@ DEVICE float dot(float4 x, float4 y) { return (x.x * y.x + x.y * y.y) + (x.z * y
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Inputs as in the forward, and what it saved; gradients of o and of the state behind the last token (null for zero).
-// Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, SPLIT V + K + 4]: what
-// the content adds to the gradient of the chunk's outputs (SPLIT V), to its erase logits (K) and its write logits (1),
-// for "mean"; d_contents, [chunk, head, SPLIT, RANK + K + 4]: addends of the gradients of the content (RANK) and of the
-// gates' shifts (K and 1), for "mean", of which the projections' gradients are sums; d_z, [block, head, lane]: the
-// gradient of the content z, and those of the projections, [N, HV, ...], for "read"; gradients of the state before the
-// first token, [N, HV, ...].
+// Written in full: d_states and d_edits, laid out like states and edits; passed, [chunk, head, SPLIT V + K + 4]: what the
+// content adds to the gradient of the chunk's outputs (SPLIT V), to its erase logits (K) and its write logits (1), for
+// "mean"; d_contents, [chunk, head, SPLIT, RANK + K + 4]: addends of the gradients of the content (RANK) and of the gates'
+// shifts (K and 1), for "mean", of which the projections' gradients are sums; d_z, [block, head, lane]: the gradient of the
+// content z, and those of the projections, [N, HV, ...], for "read"; gradients of the state before the first token,
+// [N, HV, ...].
 KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     const void* q, const void* k, const void* v, const float* g, const void* e, const float* w, const float* p_down,
     const float* p_up, const float* p_write, const i64* bounds, const i64* positions, const u32* states,
@@ -466,14 +461,14 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
   float* write = (float*)(shared + O_WRITE);        // p_write [RANK]
   const float part_of_R = 1.0f / R, part_of_C = 1.0f / C;
   Ring ring = {shared, 0, 0};
-  Signal* signals = ring.free() + 8;                // what programs have of the content's gradient has met, in turns
+  Signal* heard = ring.free() + 8;                  // what programs have of the content's gradient has met
 
   if (thread == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(ring.full() + i, 1);
       set_up(ring.free() + i, WORKERS);
     }
-    for (int i = 0; i < 2; ++i) set_up(signals + i, MEAN ? SPLIT * WORKERS : BLOCKS);
+    set_up(heard, MEAN ? SPLIT * WORKERS : BLOCKS);
   }
   if constexpr (SEES) {
     for (int i = thread; i < RANK * K / 2; i += THREADS) {
@@ -496,8 +491,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     // -- preparing warps: each takes every PREPARERS-th block --
     const int key_head = head / (HV / H), g_head = head / (HV / H_g), e_head = head / (HV / H_e);
     const auto fetch = [&](const Cursor& at) {
-      const int first = sequence.first(at.chunk) + BLOCK * at.block;
-      const int count = min(BLOCK, sequence.last(at.chunk) - first);
+      const int first = sequence.first(at.chunk) + BLOCK * at.block, count = min(BLOCK, sequence.last(at.chunk) - first);
       const i64 token = sequence.begin + first;
       fetch_block<K, 4>(g, token, count, H_g, g_head);
       fetch_block<K, 2>(k, token, count, H, key_head);
@@ -520,10 +514,9 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
         const byte* v_new = (const byte*)edits + (block_slot * parts + part) * (ROWS * 512);
         // what is read when a tile's dr are all there: v_new, and a quarter of the state before the tile
         const i64 state_slot = sequence.slot_of(at.chunk, BLOCK * at.block, SAVE);
-        constexpr int QUARTER = 2 * K * V / BLOCKS;
-        const byte* state = (const byte*)states + ((state_slot * parts + part) * BLOCKS + at.block % BLOCKS) * QUARTER;
+        const byte* state = (const byte*)states + (state_slot * parts + part) * (2 * K * V) + at.block % BLOCKS * (2 * K * V / BLOCKS);
         if (t < ROWS * 512 / 128) fetch_into_cache(v_new + 128 * t);
-        for (int i = t; i < QUARTER / 128; i += 32) fetch_into_cache(state + 128 * i);
+        for (int i = t; i < 2 * K * V / BLOCKS / 128; i += 32) fetch_into_cache(state + 128 * i);
       }
       if constexpr (MEAN)
         if (t < RANK / 4) copy_16_bytes(slot.raw() + 4 * t, contents + slot_of_chunk * RANK + 4 * t, true);
@@ -554,8 +547,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll
         for (int m = 0; m < COLUMNS; ++m)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            Z[m].x[i] = from.pair(quad_row() + 8 * (i >> 1), 16 * m + 8 * (i & 1) + quad_column());
+          for (int i = 0; i < 4; ++i) Z[m].x[i] = from.pair(quad_row() + 8 * (i >> 1), 16 * m + 8 * (i & 1) + quad_column());
       }
       if (copied == 2) wait_for_copies_but_last();
       else wait_for_copies();
@@ -624,8 +616,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
       for (int i = 0; i < 2; ++i) d_sum[i] = d_content_sum_end[own_part * V + row_of_lane + 8 * i];
     const auto four = [&](const float* p) {  // this lane's of R numbers
       const int r = 4 * (lane() & 3);
-      const auto one = [&](int i) { return r + i < R ? p[r + i] : 0; };
-      return make_float4(one(0), one(1), one(2), one(3));
+      return make_float4(r < R ? p[r] : 0, r + 1 < R ? p[r + 1] : 0, r + 2 < R ? p[r + 2] : 0, r + 3 < R ? p[r + 3] : 0);
     };
     float* da = (float*)(shared + O_DA);             // addends of the write gate's gradient, [ROWS, TILE] ("read")
     int meeting = 0, turn = 0;
@@ -808,13 +799,11 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               }
             }
             if (any_strong) {
-              const int stride = H_g * K;
-              const float* g_rows = g + token * stride + head / (HV / H_g) * K;
+              const float* g_rows = g + (token * H_g + head / (HV / H_g)) * K;
 #pragma unroll
               for (int j = 0; j < BLOCKS; ++j)
                 if (strong[j] && j < blocks)
-                  add_pair_by_pair(dk_in[j], slots[j], g_rows + (i64)16 * j * stride, stride, count - 16 * j, j,
-                                   first_column);
+                  add_pair_by_pair(dk_in[j], slots[j], g_rows + (i64)16 * j * H_g * K, H_g * K, count - 16 * j, j, first_column);
             }
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j)
@@ -860,10 +849,9 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll
               for (int t = 0; t < 2; ++t)
                 store_into_program(met + 32 * t, rank ^ 1, make_float4(dz.x[t][0], dz.x[t][1], dz.x[t][2], dz.x[t][3]));
-              Signal* heard = signals + meeting % 2;
               warp_sync();
               if (lane() == 0) arrive_at_program(heard, rank ^ 1);
-              wait_for_cluster(heard, meeting / 2 % 2);
+              wait_for_cluster(heard, meeting % 2);
 #pragma unroll
               for (int t = 0; t < 2; ++t) {
                 const float4 x = met[32 * t];
@@ -903,8 +891,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
 #pragma unroll 1
             for (int s = 0; s < blocks; ++s) {
               const Slot slot = slot_of(s);
-              const Operand keys = to_bf16<Input>(slot.k().load_transposed(0, first_column));
-              multiply(dZ[slab], keys, load_right_transposed(slot.dz(), 0, 0));
+              multiply(dZ[slab], to_bf16<Input>(slot.k().load_transposed(0, first_column)), load_right_transposed(slot.dz(), 0, 0));
               multiply(d_up[slab], slot.z().load_transposed(0, 0), load_right_transposed(slot.e(), 0, first_column));
             }
           }
@@ -919,8 +906,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
                 dZ[slab] = zeros();
               }
             sync_workers();
-            const i64 at = (state_slot * ROWS + strip) * COLUMNS + first_slab;
-            const uint4* from = (const uint4*)states + at * 32 + lane();
+            const uint4* from = (const uint4*)states + ((state_slot * ROWS + strip) * COLUMNS + first_slab) * 32 + lane();
 #pragma unroll
             for (int m = 0; m < HELD; ++m) {
               multiply(dS.x[m], down, load_right(dZ_shared, 16 * (first_slab + m), 0));
@@ -940,12 +926,13 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               if (column >= K) continue;
 #pragma unroll
               for (int t = 0; t < 2; ++t) {
-                float(&x)[2] = d_erase_shift[slab][t];
-                x[0] = column_sum(x[0]), x[1] = column_sum(x[1]);
+                float2 x = make_float2(column_sum(d_erase_shift[slab][t][0]), column_sum(d_erase_shift[slab][t][1]));
+                d_erase_shift[slab][t][0] = d_erase_shift[slab][t][1] = 0;
+                if (quad_row() == 0) *(float2*)(to_sums + RANK + column + 8 * t) = x;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                   const float2 y = *(const float2*)(wide_up + (2 * quad_row() + i) * K + column + 8 * t);
-                  dz[i] += x[0] * y.x + x[1] * y.y;
+                  dz[i] += x.x * y.x + x.y * y.y;
                 }
               }
             }
@@ -964,31 +951,19 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
             if (d_content_end && chunk == sequence.chunks - 1) d_raw = four(d_content_end + own * R);
 #pragma unroll
             for (int i = 0; i < 2; ++i) wide_down[i] = four(p_down + (part * V + row_of_lane + 8 * i) * R);
-            Signal* heard = signals + meeting % 2;
             if constexpr (SPLIT > 1) {
               if (sends)
                 for (int i = 0; i < SPLIT; ++i) store_into_program(to, i, addend);
               warp_sync();
               if (lane() < SPLIT) arrive_at_program(heard, lane());
-              wait_for_cluster(heard, meeting / 2 % 2);
+              wait_for_cluster(heard, meeting % 2);
             } else {
               if (sends) *to = addend;
               warp_sync();
               if (lane() == 0) arrive(heard);
-              wait(heard, meeting / 2 % 2);
+              wait(heard, meeting % 2);
             }
             ++meeting;
-#pragma unroll
-            for (int slab = 0; slab < SLABS; ++slab) {  // stored only now, as arriving waits for what is stored before
-              const int column = 16 * (warp_index + slab * WORKERS) + quad_column();
-#pragma unroll
-              for (int t = 0; t < 2; ++t) {
-                float(&x)[2] = d_erase_shift[slab][t];
-                if (quad_row() == 0 && column < K)
-                  *(float2*)(to_sums + RANK + column + 8 * t) = make_float2(x[0], x[1]);
-                x[0] = x[1] = 0;
-              }
-            }
             float4 d_z = make_float4(0, 0, 0, 0);
             const int r = 4 * (lane() & 3);
 #pragma unroll
@@ -1045,9 +1020,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     }
     if constexpr (READ) {
       sync_workers();  // none needs its slots
-      for_each(d_down, [&](float& x, int row, int r) {
-        last[LAST_DOWN + (half * V + 16 * strip + row) * RANK + r] = x;
-      });
+      for_each(d_down, [&](float& x, int row, int r) { last[LAST_DOWN + ((half * V) + 16 * strip + row) * RANK + r] = x; });
 #pragma unroll
       for (int slab = 0; slab < SLABS; ++slab) {
         const int first_column = 16 * (warp_index + slab * WORKERS);
