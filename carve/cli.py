@@ -283,7 +283,7 @@ def bench(
     key_dim: Annotated[int, typer.Option(help="K, of a head.")] = 64,
     value_dim: Annotated[int, typer.Option(help="V, of a head.")] = 64,
     chunk_size: Annotated[int, typer.Option(help="C, tokens whose gates see the same content.")] = 64,
-    backend: Annotated[str, typer.Option(help="auto, torch or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, cuda, triton or torch.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.  [default: cuda if there is one]")] = None,
     rounds: Annotated[int, typer.Option(help="Times each is run; figures are medians.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write the raw numbers to this file.")] = None,

@@ -86,9 +86,10 @@ def chunk_carve(
             cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T. One on a GPU is read once,
             which waits for the GPU, or never where nothing can be read (`torch.compile`, capture of a CUDA graph):
             there boundaries that do not fit end the process with an assertion on the device.
-        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"torch"`,
-            or `"auto"` for the faster one that serves the inputs. On a GPU "auto" warns, once a reason, where that is
-            torch; the environment variable CARVE_STRICT=1 makes it an error.
+        backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"triton"` for
+            portable ones (K and V multiples of 16 up to 256, or 128 with "read"; float32 too; R of at most 32),
+            `"torch"`, or `"auto"` for the fastest that serves the inputs. On a GPU "auto" warns, once a reason, where
+            that is not "cuda"; the environment variable CARVE_STRICT=1 makes it an error.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state or None.
