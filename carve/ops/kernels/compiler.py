@@ -132,9 +132,9 @@ def write_cached(path: Path, code: bytes) -> None:
 
 
 HEADERS = {
-    "forward": ["primitives.cuh", "tile.cuh"],
-    "reverse": ["primitives.cuh", "tile.cuh", "replay.cuh"],
-    "gradients": ["primitives.cuh", "tile.cuh", "replay.cuh"],
+    "forward": ["primitives.cuh", "tile.cuh", "blocks.cuh"],
+    "reverse": ["primitives.cuh", "tile.cuh", "blocks.cuh"],
+    "gradients": ["primitives.cuh", "tile.cuh"],
     "decode": ["primitives.cuh"],
 }
 

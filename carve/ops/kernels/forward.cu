@@ -18,16 +18,13 @@ constexpr int STATE_WARPS = 4, PREPARERS = 4;            // warps that hold the 
 constexpr int GATE_WARPS = SPLIT > 1 ? 8 : STATE_WARPS;  // warps that open the gates, the state warps first
 constexpr int GATE_THREADS = 32 * GATE_WARPS, PROGRAM = GATE_THREADS + 32 * PREPARERS;
 constexpr int STRIPS = ROWS / STATE_WARPS;               // strips of 16 rows of S^T that a state warp holds
-constexpr int OWN = K / 32;                              // columns of a block that a lane of a preparing warp has
 constexpr int RING = 2 * BLOCKS;                         // slots
 constexpr int PARTS = GATE_WARPS / BLOCKS;               // warps that share a block's gates, by columns
 constexpr bool EARLY = MEAN && SPLIT > 1;                // exponentials of erase logits by the preparing warps
 
 // A slot.  q_in lies over q, b k exp G over e (E if EARLY), x and k exp G over g; outputs over v.  Strong blocks: G over g, keys for
 // the state over k.
-constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2;
-constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_K_IN = O_G + K_ROWS;
-constexpr int O_V = O_G + 2 * K_ROWS, O_M = O_V + V_ROWS, O_DECAY = O_M + BLOCK * BLOCK * 2, O_A = O_DECAY + K * 4;
+constexpr int O_K_IN = O_G + K_ROWS, O_DECAY = O_MORE, O_A = O_DECAY + K * 4;
 constexpr int O_STRONG = O_A + BLOCK * 4, SLOT = (O_STRONG + 4 + 255) / 256 * 256;
 
 constexpr int PROJECTION = MEAN ? RANK * K * 4 : READ ? RANK * K * 2 : 0;
@@ -46,35 +43,6 @@ static_assert(SHARED_BYTES <= CARVE_SHARED, "carve/ops/kernels/cuda.py says how 
 
 DEVICE void sync_gate_warps() { barrier(1, GATE_THREADS); }
 
-// The right operand of a product: quarters upper left, upper right, lower left, lower right, which saves the moves that
-// the tensor cores' order of registers takes otherwise.
-struct Right { u32 x[4]; };
-
-// C += A B^T
-DEVICE void multiply(Sums& c, const Operand& a, const Right& b) {
-  multiply_add(c.x[0], a.x, b.x[0], b.x[1]);
-  multiply_add(c.x[1], a.x, b.x[2], b.x[3]);
-}
-
-// 16-bit numbers in an operand as fp32, laid out as sums are
-template <typename X> DEVICE Sums widen(const Operand& a) {
-  Sums y;
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 pair = unpack<X>(a.x[2 * t + i]);
-      y.x[t][2 * i] = pair.x, y.x[t][2 * i + 1] = pair.y;
-    }
-  return y;
-}
-
-DEVICE void add(Sums& x, const Sums& y) {
-#pragma unroll
-  for (int t = 0; t < 2; ++t)
-#pragma unroll
-    for (int n = 0; n < 4; ++n) x.x[t][n] += y.x[t][n];
-}
 DEVICE Sums scaled(Sums x, float factor) {
 #pragma unroll
   for (int t = 0; t < 2; ++t)
@@ -96,16 +64,6 @@ DEVICE Operand load_left(u32 address) {
   load_quarters(a.x, address);
   return a;
 }
-DEVICE Right load_right(u32 address) {
-  Right b;
-  load_quarters(b.x, address);
-  return b;
-}
-DEVICE Right load_right_transposed(u32 address) {
-  Right b;
-  load_quarters_transposed(b.x, address);
-  return b;
-}
 DEVICE void store_left(u32 address, const Operand& a) {
   store_shared(address, a.x[0]);
   store_shared(address + 16 * K, a.x[1]);
@@ -113,41 +71,18 @@ DEVICE void store_left(u32 address, const Operand& a) {
   store_shared((address ^ 16) + 16 * K, a.x[3]);
 }
 
-struct Slot {
-  byte* base;
-
-  DEVICE Matrix<K> q() const { return {base + O_Q}; }        // q, then scale q exp G
-  DEVICE Matrix<K> k() const { return {base + O_K}; }        // k; strong: then k exp(G_16 - G)
-  DEVICE Matrix<K> e() const { return {base + O_E}; }        // erase logits, or E, then b k exp G
+struct Slot : BlockSlot<O_DECAY, O_A, O_STRONG> {
   DEVICE Matrix<K> x() const { return {base + O_G}; }        // k exp -G
   DEVICE Matrix<K> k_in() const { return {base + O_K_IN}; }  // k exp G
   DEVICE Matrix<V> v() const { return {base + O_V}; }        // values, then outputs
-  DEVICE Matrix<16> M() const { return {base + O_M}; }
-  DEVICE float2& G(int row, int column) const { return *(float2*)(base + O_G + (row * K + column) * 4); }  // g, then G
   // exp G_16, in the order in which the lanes that hold the state need it: four numbers of 16 columns a lane
   DEVICE float* decay() const { return (float*)(base + O_DECAY); }
   DEVICE float2& decay(int column) const {
-    return *(float2*)(decay() + (column & ~15) + 2 * (column & 6) + ((column >> 2) & 2));
-  }
-  DEVICE float* a() const { return (float*)(base + O_A); }          // write logits, then gates
-  DEVICE bool strong() const { return any_lane(*(int*)(base + O_STRONG)); }  // any_lane tells that lanes agree
-  DEVICE void set_strong(bool x) const { *(int*)(base + O_STRONG) = x; }
-};
-
-// Where a warp is in the ring.  A slot's signals: `full`, once it is prepared, and `free`, once no state warp needs it.
-struct Ring {
-  byte* shared;
-  int slot, phase;
-
-  DEVICE Slot at(int ahead) const { return {shared + (slot + ahead) % RING * SLOT}; }
-  DEVICE Signal* full() const { return (Signal*)(shared + O_SIGNALS) + slot; }
-  DEVICE Signal* free() const { return (Signal*)(shared + O_SIGNALS) + RING + slot; }
-  DEVICE void step(int blocks) {
-    slot += blocks;
-    phase ^= slot / RING & 1;
-    slot %= RING;
+    return *(float2*)(decay() + place_of_decay(column));
   }
 };
+
+typedef RingOf<Slot, RING, SLOT, 0, O_SIGNALS, O_SIGNALS + 8 * RING> Ring;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Preparing warps
@@ -172,23 +107,6 @@ struct Cursor {
     }
   }
 };
-
-// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>;
-// with FP32, of fp32 numbers, in two rounds a row, as they lie.
-template <int D, bool FP32 = false>
-DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int heads, int head) {
-  constexpr int LANES = D / 8, STEP = 32 / LANES, BYTES = FP32 ? 4 * D : 2 * D;
-  const int lane = lane_anew(), row = lane / LANES, piece = lane % LANES, stride = heads * BYTES;
-  const byte* p = (const byte*)from + (first * heads + head) * BYTES + ((i64)row * stride + piece * 16);
-  const int plain = row * BYTES + piece * 16, permuted = row * BYTES + ((piece ^ row) << 4);
-#pragma unroll
-  for (int i = 0; i < BLOCK; i += STEP) {
-    const bool valid = row + i < count;
-    const byte* from_row = p + (i64)i * stride;
-    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), from_row, valid);
-    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, from_row + BYTES / 2, valid);
-  }
-}
 
 // Adds sum_d x_id k_jd exp(G_id - G_jd) over 16 columns to element [i, j] of levels[l], where i and j differ first in
 // bit 3 - l, and i has it; other elements become meaningless.  x and k are fragments laid out as sums are.
@@ -268,32 +186,17 @@ DEVICE void multiply_queries(Slot slot) {
   store_M(slot, even);
 }
 
-// Some consecutive numbers of a row, as one access to shared memory.
-struct alignas(4 * OWN) Floats { float x[OWN]; };
-struct alignas(2 * OWN) Pairs { u32 x[OWN / 2]; };
-
 DEVICE Pairs own_pairs(Matrix<K> x, int row) { return *(const Pairs*)x.at(row, OWN * lane()); }
-DEVICE void set_own_pairs(Matrix<K> x, int row, const float (&y)[OWN]) {
-  Pairs pairs;
-#pragma unroll
-  for (int c = 0; c < OWN; c += 2) pairs.x[c / 2] = pack<Bf16>(y[c], y[c + 1]);
-  *(Pairs*)x.at(row, OWN * lane()) = pairs;
-}
-
 // Turns a block's inputs into what does not depend on the content, by one warp; a lane has OWN columns.  EARLY: as one
 // shift x serves all tokens, an erase gate is 1 / (1 + E exp(-x)), and E = exp(-e) takes its logit's place.
 DEVICE void prepare_block(Slot slot, float scale) {
   if constexpr (EARLY)
 #pragma unroll
     for (int t = 0; t < BLOCK; ++t) {
-      const Pairs e = own_pairs(slot.e(), t);
-      float E[OWN];
+      Floats e = own_columns<Input>(slot.e(), t);
 #pragma unroll
-      for (int c = 0; c < OWN; c += 2) {
-        const float2 y = unpack<Input>(e.x[c / 2]);
-        E[c] = exp2_(-LOG2_E * y.x), E[c + 1] = exp2_(-LOG2_E * y.y);
-      }
-      set_own_pairs(slot.e(), t, E);
+      for (int c = 0; c < OWN; ++c) e.x[c] = exp2_(-LOG2_E * e.x[c]);
+      set_own_columns(slot.e(), t, e);
     }
   const auto g = [&](int t) -> Floats& { return (Floats&)slot.G(t, OWN * lane()); };
   Floats G[BLOCK];
@@ -329,30 +232,30 @@ DEVICE void prepare_block(Slot slot, float scale) {
 #pragma unroll
     for (int t = 0; t < BLOCK; ++t) {
       const Pairs q = own_pairs(slot.q(), t);
-      float q_in[OWN];
+      Floats q_in;
 #pragma unroll
       for (int c = 0; c < OWN; c += 2) {
         const float2 y = unpack<Input>(q.x[c / 2]);
-        q_in[c] = y.x * (exp2_(G[t].x[c]) * scale), q_in[c + 1] = y.y * (exp2_(G[t].x[c + 1]) * scale);
+        q_in.x[c] = y.x * (exp2_(G[t].x[c]) * scale), q_in.x[c + 1] = y.y * (exp2_(G[t].x[c + 1]) * scale);
       }
-      set_own_pairs(slot.q(), t, q_in);
+      set_own_columns(slot.q(), t, q_in);
     }
   } else {
 #pragma unroll
     for (int t = 0; t < BLOCK; ++t) {
       const Pairs q = own_pairs(slot.q(), t), k = own_pairs(slot.k(), t);
-      float q_in[OWN], k_in[OWN], x[OWN];
+      Floats q_in, k_in, x;
 #pragma unroll
       for (int c = 0; c < OWN; ++c) {
         const float2 q_pair = unpack<Input>(q.x[c / 2]), k_pair = unpack<Input>(k.x[c / 2]);
         const float in = exp2_(G[t].x[c]), k_c = c & 1 ? k_pair.y : k_pair.x;
-        q_in[c] = (c & 1 ? q_pair.y : q_pair.x) * (in * scale);
-        k_in[c] = k_c * in;
-        x[c] = k_c * exp2_(-G[t].x[c]);
+        q_in.x[c] = (c & 1 ? q_pair.y : q_pair.x) * (in * scale);
+        k_in.x[c] = k_c * in;
+        x.x[c] = k_c * exp2_(-G[t].x[c]);
       }
-      set_own_pairs(slot.q(), t, q_in);
-      set_own_pairs(slot.k_in(), t, k_in);
-      set_own_pairs(slot.x(), t, x);
+      set_own_columns(slot.q(), t, q_in);
+      set_own_columns(slot.k_in(), t, k_in);
+      set_own_columns(slot.x(), t, x);
     }
     warp_sync();
     multiply_queries(slot);
@@ -390,14 +293,7 @@ DEVICE void load_seen(
       seen.wide_down[i] = r < R ? p_down[((i64)part * V + v) * R + r] / C : 0;
     }
   if constexpr (MEAN || READ) {
-    for (int i = thread; i < RANK * K / 2; i += GATE_THREADS) {
-      const int r = i / (K / 2), k = 2 * (i % (K / 2));
-      const float* p = p_up + ((i64)head * R + r) * K + k;
-      const float2 x = r < R && p_up ? make_float2(p[0], p[1]) : make_float2(0, 0);
-      if constexpr (MEAN) *(float2*)(seen.wide_up + r * K + k) = x;
-      else seen.up.pair(r, k) = pack<Bf16>(x.x, x.y);
-    }
-    if (thread < RANK) seen.write[thread] = thread < R && p_write ? p_write[(i64)head * R + thread] : 0;
+    load_gate_projections<GATE_THREADS>(seen.up.base, seen.write, p_up, p_write, head, R);
   }
 }
 
@@ -574,16 +470,7 @@ DEVICE void solve_block(Sums A, byte* scratch, Matrix<16> T) {
   // forward substitution in fp32; lane c, and c + 16, has column c of T
   const int column = lane_anew() & 15;
   float x[BLOCK];
-#pragma unroll
-  for (int i = 0; i < BLOCK; ++i) x[i] = i == column ? 1 : 0;
-#pragma unroll
-  for (int j = 0; j < BLOCK - 1; ++j) {
-    float A_j[BLOCK];
-#pragma unroll
-    for (int i = (j + 1) & ~3; i < BLOCK; i += 4) *(float4*)(A_j + i) = *(const float4*)(columns + j * 16 + i);
-#pragma unroll
-    for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
-  }
+  solve(x, columns, column);
   u32 pairs[BLOCK / 2];
 #pragma unroll
   for (int i = 0; i < BLOCK; i += 2) pairs[i / 2] = pack<Bf16>(x[i], x[i + 1]);
@@ -597,6 +484,7 @@ DEVICE void solve_block(Sums A, byte* scratch, Matrix<16> T) {
 // The state
 // ---------------------------------------------------------------------------------------------------------------------
 
+struct State { Sums x[COLUMNS]; };  // 16 rows of S^T [V, K]
 typedef State Strips[STRIPS];
 
 // memory is this program's columns of [K, SPLIT V], fp32; zeros if null.  strip: which 16 rows of S^T
@@ -623,9 +511,7 @@ DEVICE void decay_state(Strips& S, const float* decay) {
     const float4 x = *(const float4*)(decay + 16 * m + 2 * quad_column());
 #pragma unroll
     for (int i = 0; i < STRIPS; ++i) {
-      Sums& y = S[i].x[m];
-      y.x[0][0] *= x.x, y.x[0][1] *= x.y, y.x[0][2] *= x.x, y.x[0][3] *= x.y;
-      y.x[1][0] *= x.z, y.x[1][1] *= x.w, y.x[1][2] *= x.z, y.x[1][3] *= x.w;
+      scale_columns(S[i].x[m], x);
     }
   }
 }
@@ -767,8 +653,7 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
       Sums A, z = zeros();
       float write_shift = 0;
       if (busy) {
-        Ring at = ring;
-        at.step(block);
+        const Ring at = ring.after(block);
         wait(at.full(), at.phase);
         if constexpr (READ) z = see(seen, mine);
         if constexpr (MEAN) write_shift = hear(seen, chunk, share, (float*)scratch);
@@ -985,8 +870,7 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
         }
         sync_gate_warps();
         for (int i = 1; i <= HALVES - in_turns; ++i) {
-          Ring at = ring;
-          at.step(RING - i);
+          const Ring at = ring.after(RING - i);
           if (lane() == 0 && holds_state) arrive(at.free());
         }
       }

@@ -23,7 +23,6 @@
 constexpr int WORKERS = SPLIT * ROWS, PREPARERS = 4;  // warps
 constexpr int HELD = COLUMNS / SPLIT;                 // slabs of 16 columns of dS^T that a worker holds, with 16 rows
 constexpr int SLABS = (COLUMNS + WORKERS - 1) / WORKERS;  // those that it has when dr are all there, with all rows
-constexpr int OWN = K / 32;                           // columns of a block that a lane of a preparing warp has
 constexpr bool SEES = MEAN || READ;
 
 constexpr int NUMBERS = RANK + 4;                     // that a worker adds to the content's gradient ("mean")
@@ -34,9 +33,7 @@ constexpr int O_SHARES = O_DA + (READ ? ROWS * TILE * 4 : 0), O_SIGNALS = O_SHAR
 constexpr int O_RING = Aligned<O_SIGNALS + 16 * 8 + 8>::bytes;
 
 // A slot.  q_in lies over q, weights over e, b k exp G and x over g, dr over d; when the chain is through, P over q_in.
-constexpr int K_ROWS = BLOCK * K * 2, V_ROWS = BLOCK * V * 2, SQUARE = BLOCK * BLOCK * 2;
-constexpr int O_Q = 0, O_K = O_Q + K_ROWS, O_E = O_K + K_ROWS, O_G = O_E + K_ROWS, O_KEYS = O_G + K_ROWS;
-constexpr int O_D = O_G + 2 * K_ROWS, O_M = O_D + V_ROWS, O_T = O_M + SQUARE, O_Z = O_T + SQUARE, O_DECAY = O_Z + SQUARE;
+constexpr int O_KEYS = O_G + K_ROWS, O_D = O_V, O_T = O_MORE, O_Z = O_T + SQUARE, O_DECAY = O_Z + SQUARE;
 constexpr int O_GATES = O_DECAY + K * 4, O_RAW = O_GATES + BLOCK * 4, O_STRONG = O_RAW + RANK * 4;
 constexpr int SLOT = Aligned<O_STRONG + 4>::bytes;
 
@@ -50,77 +47,25 @@ static_assert(THREADS == 32 * (WORKERS + PREPARERS), "carve/ops/kernels/cuda.py 
 
 DEVICE void sync_workers() { barrier(1, 32 * WORKERS); }
 
-// The right operand of a product: quarters upper left, upper right, lower left, lower right, which saves the moves that
-// the tensor cores' order of registers takes otherwise.
-struct Right { u32 x[4]; };
-
-// C += A B^T
-DEVICE void multiply(Sums& c, const Operand& a, const Right& b) {
-  multiply_add(c.x[0], a.x, b.x[0], b.x[1]);
-  multiply_add(c.x[1], a.x, b.x[2], b.x[3]);
-}
-// as Matrix::load and Matrix::load_transposed
-template <int D> DEVICE Right load_right(Matrix<D> x, int row, int column) {
-  Right b;
-  load_quarters(b.x, x.address((lane() & 7) + 8 * (lane() >> 4), (lane() >> 3) & 1, row, column));
-  return b;
-}
-template <int D> DEVICE Right load_right_transposed(Matrix<D> x, int row, int column) {
-  Right b;
-  load_quarters_transposed(b.x, x.address(lane() & 15, lane() >> 4, row, column));
-  return b;
-}
-DEVICE Right right_transposed(uint4 a) {  // the transpose of a left operand
-  return {{transpose_quarter(a.x), transpose_quarter(a.y), transpose_quarter(a.z), transpose_quarter(a.w)}};
-}
-
-struct Slot {
-  byte* base;
-
-  DEVICE Matrix<K> q() const { return {base + O_Q}; }            // q, then scale q exp G
-  DEVICE Matrix<K> k() const { return {base + O_K}; }
-  DEVICE Matrix<K> e() const { return {base + O_E}; }            // erase logits, then weights; then their gradient
+struct Slot : BlockSlot<O_DECAY, O_GATES, O_STRONG> {
   DEVICE Matrix<K> bk_in() const { return {base + O_G}; }
   DEVICE Matrix<K> keys() const { return {base + O_KEYS}; }      // k exp -G; strong: k exp(G_16 - G)
   DEVICE Matrix<V> d() const { return {base + O_D}; }            // gradient of the outputs, then dr
-  DEVICE Matrix<16> M() const { return {base + O_M}; }
   DEVICE Matrix<16> T() const { return {base + O_T}; }
   DEVICE Matrix<TILE> P() const { return {base + O_Q}; }
   DEVICE float* A() const { return (float*)(base + O_T); }       // transposed, over T and z until it is solved
   DEVICE Matrix<16> z() const { return {base + O_Z}; }           // ("read")
   DEVICE Matrix<16> dz() const { return {base + O_M}; }          // when the chain is through ("read")
   DEVICE Matrix<16> dZ() const { return {base + O_G}; }          // [K, RANK], when the chain is through
-  DEVICE float2& G(int row, int column) const { return *(float2*)(base + O_G + (row * K + column) * 4); }  // g at first
   // exp G_16, in the order in which the lanes that hold the state need it: four numbers of 16 columns a lane
   DEVICE float4 decay_of_lane(int slab) const { return *(float4*)(base + O_DECAY + 64 * slab + 8 * quad_column()); }
   DEVICE float2& decay(int column) const {
     return *(float2*)(base + O_DECAY + 4 * ((column & ~15) + 2 * (column & 6) + ((column >> 2) & 2)));
   }
-  DEVICE float* a() const { return (float*)(base + O_GATES); }   // write logits, then gates
   DEVICE float* raw() const { return (float*)(base + O_RAW); }   // m_c P_down [RANK] ("mean"); 1 / rms of z ("read")
-  DEVICE bool strong() const { return any_lane(*(int*)(base + O_STRONG)); }  // any_lane tells that lanes agree
-  DEVICE void set_strong(bool x) const { *(int*)(base + O_STRONG) = x; }
 };
 
-// Where a warp is in the ring.  A slot's signals: `full`, once it is prepared, and `free`, once no worker needs it.
-struct Ring {
-  byte* shared;
-  int slot, phase;
-
-  DEVICE Slot at() const { return {shared + O_RING + slot * SLOT}; }
-  DEVICE Signal* full() const { return (Signal*)(shared + O_SIGNALS) + slot; }
-  DEVICE Signal* free() const { return (Signal*)(shared + O_SIGNALS) + 8 + slot; }
-  DEVICE void step(int blocks) {
-    slot += blocks;
-    phase ^= slot / RING & 1;
-    slot %= RING;
-  }
-  DEVICE Ring after(int blocks) const {
-    Ring y = *this;
-    y.step(blocks);
-    return y;
-  }
-};
+typedef RingOf<Slot, RING, SLOT, O_RING, O_SIGNALS, O_SIGNALS + 64> Ring;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Preparing warps
@@ -138,23 +83,6 @@ struct Cursor {
   }
 };
 
-// A warp copies `count` rows of D numbers of 16 bits, and zeros up to BLOCK rows, 16 bytes a lane, into a Matrix<D>;
-// with FP32, of fp32 numbers, in two rounds a row, as they lie.
-template <int D, bool FP32 = false>
-DEVICE void copy_block(byte* to, const void* from, i64 first, int count, int heads, int head) {
-  constexpr int LANES = D / 8, STEP = 32 / LANES, BYTES = FP32 ? 4 * D : 2 * D;
-  const int lane = lane_anew(), row = lane / LANES, piece = lane % LANES, stride = heads * BYTES;
-  const byte* p = (const byte*)from + (first * heads + head) * BYTES + ((i64)row * stride + piece * 16);
-  const int plain = row * BYTES + piece * 16, permuted = row * BYTES + ((piece ^ row) << 4);
-#pragma unroll
-  for (int i = 0; i < BLOCK; i += STEP) {
-    const bool valid = row + i < count;
-    const byte* from_row = p + (i64)i * stride;
-    copy_16_bytes(to + i * BYTES + (FP32 ? plain : permuted ^ ((i & 7) << 4)), from_row, valid);
-    if (FP32) copy_16_bytes(to + i * BYTES + plain + BYTES / 2, from_row + BYTES / 2, valid);
-  }
-}
-
 // A warp starts fetching the same, of numbers of SIZE bytes, into the L2 cache.
 template <int D, int SIZE> DEVICE void fetch_block(const void* from, i64 first, int count, int heads, int head) {
   constexpr int LINES = D * SIZE / 128, STEP = 32 / LINES;
@@ -163,27 +91,6 @@ template <int D, int SIZE> DEVICE void fetch_block(const void* from, i64 first, 
 #pragma unroll
   for (int i = 0; i < BLOCK; i += STEP)
     if (row + i < count) fetch_into_cache(p + (i64)i * stride);
-}
-
-// Some consecutive numbers of a row, as one access to shared memory.
-struct alignas(4 * OWN) Floats { float x[OWN]; };
-struct alignas(2 * OWN) Pairs { u32 x[OWN / 2]; };
-
-template <typename X> DEVICE Floats own_columns(Matrix<K> x, int row) {
-  const Pairs pairs = *(const Pairs*)x.at(row, OWN * lane());
-  Floats y;
-#pragma unroll
-  for (int c = 0; c < OWN; c += 2) {
-    const float2 pair = unpack<X>(pairs.x[c / 2]);
-    y.x[c] = pair.x, y.x[c + 1] = pair.y;
-  }
-  return y;
-}
-DEVICE void set_own_columns(Matrix<K> x, int row, const Floats& y) {
-  Pairs pairs;
-#pragma unroll
-  for (int c = 0; c < OWN; c += 2) pairs.x[c / 2] = pack<Bf16>(y.x[c], y.x[c + 1]);
-  *(Pairs*)x.at(row, OWN * lane()) = pairs;
 }
 
 // Rows of A and M of a strong block, by one warp: decay is summed up from token i backwards.
@@ -293,16 +200,7 @@ DEVICE void solve_block(Slot slot) {
   const int column = lane() & 15;
   const float* A = slot.A();
   float x[BLOCK];
-#pragma unroll
-  for (int i = 0; i < BLOCK; ++i) x[i] = i == column ? 1 : 0;
-#pragma unroll
-  for (int j = 0; j < BLOCK - 1; ++j) {
-    float A_j[BLOCK];
-#pragma unroll
-    for (int i = (j + 1) & ~3; i < BLOCK; i += 4) *(float4*)(A_j + i) = *(const float4*)(A + j * 16 + i);
-#pragma unroll
-    for (int i = j + 1; i < BLOCK; ++i) x[i] -= A_j[i] * x[j];
-  }
+  solve(x, A, column);
   warp_sync();  // all have read A
 #pragma unroll
   for (int i = 0; i < BLOCK; ++i)
@@ -398,13 +296,9 @@ DEVICE void store_held(float* memory, Held& S) {
     for_each(S.x[m], [&](float& x, int row, int column) { memory[(16 * m + column) * (SPLIT * V) + row] = x; });
 }
 
-DEVICE void decay_sums(Sums& y, float4 x) {  // columns
-  y.x[0][0] *= x.x, y.x[0][1] *= x.y, y.x[0][2] *= x.x, y.x[0][3] *= x.y;
-  y.x[1][0] *= x.z, y.x[1][1] *= x.w, y.x[1][2] *= x.z, y.x[1][3] *= x.w;
-}
 DEVICE void decay_held(Held& S, Slot slot, int first_slab) {
 #pragma unroll
-  for (int m = 0; m < HELD; ++m) decay_sums(S.x[m], slot.decay_of_lane(first_slab + m));
+  for (int m = 0; m < HELD; ++m) scale_columns(S.x[m], slot.decay_of_lane(first_slab + m));
 }
 
 // A strong block's d(b k), less a sign and with its gates: from what d(b k exp G) is without P of the block itself, pair by
@@ -471,14 +365,7 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
     set_up(heard, MEAN ? SPLIT * WORKERS : BLOCKS);
   }
   if constexpr (SEES) {
-    for (int i = thread; i < RANK * K / 2; i += THREADS) {
-      const int r = i / (K / 2), column = 2 * (i % (K / 2));
-      const float* p = p_up + ((i64)head * R + r) * K + column;
-      const float2 x = r < R && p_up ? make_float2(p[0], p[1]) : make_float2(0, 0);
-      if constexpr (MEAN) *(float2*)(wide_up + r * K + column) = x;
-      else up.pair(r, column) = pack<Bf16>(x.x, x.y);
-    }
-    if (thread < RANK) write[thread] = thread < R && p_write ? p_write[(i64)head * R + thread] : 0;
+    load_gate_projections<THREADS>(up.base, write, p_up, p_write, head, R);
   }
   if constexpr (SPLIT > 1) sync_cluster();
   else sync();
@@ -793,9 +680,9 @@ KERNEL void CLUSTER __launch_bounds__(THREADS, 1) carve_reverse(
               multiply(dk_in[j], P, keys);
 #pragma unroll
               for (int s = j + 1; s < BLOCKS; ++s) {  // a strong block's keys are decayed to its end already
-                decay_sums(dk_in[s], strong[j] ? decay : one);
+                scale_columns(dk_in[s], strong[j] ? decay : one);
                 multiply(dk_in[s], slots[s].P().load(0, 16 * j), keys);
-                decay_sums(dk_in[s], strong[j] ? one : decay);
+                scale_columns(dk_in[s], strong[j] ? one : decay);
               }
             }
             if (any_strong) {

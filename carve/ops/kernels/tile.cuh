@@ -23,11 +23,7 @@ constexpr int BLOCKS = TILE / BLOCK;
 constexpr int SAVE = 64;                  // tokens between two states saved for the backward, from a chunk's first on
 constexpr int RANK = 16;                  // R is padded to it with zeros
 template <int BYTES> struct Aligned { static constexpr int bytes = (BYTES + 255) / 256 * 256; };
-#ifdef CARVE_THREADS
 constexpr int THREADS = CARVE_THREADS, WARPS = THREADS / 32;
-#else
-constexpr int WARPS = V / 16, THREADS = 32 * WARPS;
-#endif
 constexpr int ROWS = V / 16, COLUMNS = K / 16;  // slabs of 16 rows and of 16 columns of the transposed state
 constexpr bool MEAN = CARVE_CONTENT == 1, READ = CARVE_CONTENT == 2, RMS = CARVE_RMS;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -57,7 +53,6 @@ DEVICE int quad_column() { return 2 * (lane() & 3); }   // column of the first o
 
 struct Operand { u32 x[4]; };     // bf16; quarters: upper left, lower left, upper right, lower right
 struct Sums { float x[2][4]; };   // fp32; [left, right][upper row 0, 1, lower row 0, 1]
-struct State { Sums x[COLUMNS]; };  // 16 rows of S^T [V, K]
 
 DEVICE Sums zeros() { return {{{0, 0, 0, 0}, {0, 0, 0, 0}}}; }
 
@@ -95,6 +90,31 @@ template <> DEVICE Operand to_bf16<Fp16>(Operand a) {
   return a;
 }
 
+DEVICE Operand negate(Operand a) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a.x[i] ^= 0x80008000u;
+  return a;
+}
+
+// 16-bit numbers in an operand as fp32, laid out as sums are
+template <typename X = Bf16> DEVICE Sums widen(const Operand& a) {
+  Sums y;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 pair = unpack<X>(a.x[2 * t + i]);
+      y.x[t][2 * i] = pair.x, y.x[t][2 * i + 1] = pair.y;
+    }
+  return y;
+}
+
+DEVICE void add(Sums& x, const Sums& y) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) x.x[t][n] += y.x[t][n];
+}
 DEVICE uint4 as_uint4(const Operand& a) { return make_uint4(a.x[0], a.x[1], a.x[2], a.x[3]); }
 DEVICE Operand as_operand(uint4 x) { return {{x.x, x.y, x.z, x.w}}; }
 
