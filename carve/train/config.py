@@ -50,7 +50,7 @@ class TrainConfig:
     seed: int = _option("Of initial weights and data order.", 0)
     dtype: str = _option("'float32', or 'bfloat16' to compute in it under autocast (weights stay float32).", "float32")
     gradient_checkpointing: bool = _option("Trade time for memory: run each block again in the backward.", False)
-    compile: bool = _option("Run the model through torch.compile.", False)
+    compile: bool = _option("Run the blocks and the loss through torch.compile.", False)
     eval_every: int = _option("Steps between evaluations; 0 for none.", 250)
     save_every: int = _option("Steps between checkpoints.", 250)
     log_every: int = _option("Steps between lines of metrics.jsonl.", 10)

@@ -83,6 +83,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     model = CarveForCausalLM(model_config)
     if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
         model._keys_to_ignore_on_save = ["lm_head.weight"]
+    if config.compile:
+        compile_blocks(model)
 
     stop, progress = StopOnSignal(), ShowProgress(shown=args.process_index == 0)
     callbacks = [stop, Metrics(out), progress]
@@ -112,6 +114,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if stop.number is not None and trainer.state.global_step < config.steps:
         raise Interrupted(f"saved {last}; go on with: carve train --resume {out}", stop.number)
     return Path(last)
+
+
+def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
+    """Run the blocks and the loss of a model through `torch.compile`; weights and their names stay as they are.
+
+    Blocks that are alike are compiled once, so that the time this takes does not grow with their number.
+    """
+    for block in model.model.layers:
+        block.compile(backend=backend)
+    model.loss_function = torch.compile(model.loss_function, backend=backend)
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
@@ -163,7 +175,6 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         seed=config.seed,
         bf16=config.dtype == "bfloat16",
         **checkpointing,
-        torch_compile=config.compile,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
         save_strategy="steps",

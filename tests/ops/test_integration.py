@@ -443,6 +443,7 @@ def test_a_cuda_graph_gives_the_same_bits(content: str, packed: bool) -> None:
         None if first_bounds is None else first_bounds.clone(),
     )
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         differentiate(held, **options, cu_seqlens=bounds)
     torch.cuda.synchronize()

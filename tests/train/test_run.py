@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
-from carve.train.run import CarveTrainer, Interrupted
+from carve.train.run import CarveTrainer, Interrupted, compile_blocks
 
 FIELDS = {
     "seq_len": 32,
@@ -242,3 +244,28 @@ def test_other_ways_to_run(fields, config_file, tmp_path):
         fields = {"validation": config.data}
     last = train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3} | fields))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(last).values())
+
+
+def test_compiled_blocks_train_alike_and_are_compiled_once() -> None:
+    graphs = []
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = CarveForCausalLM(CarveConfig(**FIELDS["model"] | {"vocab_size": 32, "num_hidden_layers": layers}))
+        expected, names = training_step(model), list(model.state_dict())
+        counter = CompileCounterWithBackend("aot_eager")
+        compile_blocks(model, backend=counter)
+        for found, wanted in zip(training_step(model), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+        assert list(model.state_dict()) == names
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
+
+
+def training_step(model: CarveForCausalLM) -> list[torch.Tensor]:
+    """The loss and all gradients."""
+    ids = torch.arange(48).view(2, 24) % 32
+    model.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
