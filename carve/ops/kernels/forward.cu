@@ -533,12 +533,14 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
   const Sequence sequence(bounds, positions, n, T, C);
   Ring ring = {shared, 0, 0};
   Signal* heard = ring.free() + RING;  // what the next chunk's gates see is there
+  Signal* opened = heard + 1;          // the gates of a tile, and its T
   if (thread == 0) {
     for (int i = 0; i < RING; ++i) {
       set_up(ring.full() + i, 1);
       set_up(ring.free() + i, STATE_WARPS);
     }
     set_up(heard, MEAN ? ADDENDS : SPLIT * GATE_WARPS);
+    set_up(opened, GATE_WARPS);
   }
   for (int i = thread; i < K; i += PROGRAM) ((float*)(shared + O_ONES))[i] = 1;
   if constexpr (SPLIT > 1) sync_cluster();
@@ -625,6 +627,7 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
   const u32 small_left = (u32)(Matrix<16>{0}.at(lane() & 15, 8 * (lane() >> 4)) - (byte*)0);
   const u32 small_right = (u32)(Matrix<16>{0}.at((lane() & 7) + 8 * (lane() >> 4), lane() & 8) - (byte*)0);
   byte* o_of_lane = (byte*)o + (((sequence.begin + row_of_lane) * parts + part) * V + column_of_lane) * 2;
+  int tile = 0;  // parity
   sync_gate_warps();
 
   for (int chunk = 0; chunk < sequence.chunks; ++chunk) {
@@ -671,10 +674,9 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
         if (share == 0) open_write_gates(seen, z, write_shift, mine, w);
         if (share == PARTS - 1) solve_block(A, scratch, {shared + O_T + block * 512});
       }
-      if (!holds_state) {
-        sync_gate_warps();
-        ring.step(blocks);
-      }
+      warp_sync();
+      if (lane() == 0) arrive(opened);
+      if (!holds_state) ring.step(blocks);
 
       // -- the state runs through the blocks, each warp on its own --
       const bool last_tile = first + TILE >= last_of_chunk;
@@ -708,7 +710,10 @@ KERNEL void CLUSTER __launch_bounds__(PROGRAM, 1) carve_forward(
         }
 #pragma unroll
         for (int i = STRIPS; i < CHAINS * STRIPS; ++i) add(r[i - STRIPS], r[i]), add(out[i - STRIPS], out[i]);
-        if (s == 0) sync_gate_warps();  // all T and write gates are there
+        if (s == 0) {
+          wait(opened, tile);
+          tile ^= 1;
+        }
         const Right T_block = load_right_transposed(shared_address(shared) + O_T + 512 * s + small_left);
         const Right M_block = load_right(base + O_M + small_right);
         const float* write_gates = slot.a() + quad_column();
