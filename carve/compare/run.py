@@ -82,7 +82,9 @@ def compare(
             with locked(out / "texts.lock", wait=True):  # the other processes find the texts tokenised
                 plan, texts = read_texts(plan, out)
             describe(plan, texts, out, console)
-            work(plan, texts, out, console)
+            # what torch.compile made for one mixer is kept beside that for the others, and serves the next seeds
+            with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+                work(plan, texts, out, console)
     except KeyboardInterrupt:
         stopped = True
     if plan.facts is None:
