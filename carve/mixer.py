@@ -27,6 +27,7 @@ DRAFT = 16  # as many tokens at once, behind others, are still a matter of decod
 # erase gate's own ("tied"); a decay a channel or a head.
 GATES = {
     "carve": {"erase": "channel", "write": "head", "decay": "channel"},
+    "carve_blind": {"erase": "channel", "write": "head", "decay": "channel"},
     "gdn2": {"erase": "channel", "write": "value", "decay": "channel"},
     "kda": {"erase": "head", "write": "tied", "decay": "channel"},
     "gdn": {"erase": "head", "write": "tied", "decay": "head"},
@@ -179,12 +180,13 @@ class CarveMixer(nn.Module):
         num_v_heads: HV, value heads, a multiple of H; None for H.
         v_head_dim: V, value dimension of a head; None for K.
         conv_size: taps of the short convolution over q, k and v.
-        gates: `"carve"`, or one of its rivals: `"gdn2"` (a write gate a value), `"kda"` (one scalar gate that
-            erases and writes), `"gdn"` (the same, and one decay a head). Rivals are memory-blind.
+        gates: `"carve"`; `"carve_blind"`, the same without content; or one of its rivals, which are memory-blind
+            too: `"gdn2"` (a write gate a value), `"kda"` (one scalar gate that erases and writes), `"gdn"` (the same,
+            and one decay a head).
         content: what the gates see of the memory: `"mean"` (the paper), `"read"` or None; see `carve.ops`.
         content_norm: `"rms"` or None.
         content_rank: R, rank of the content projections.
-        content_write: whether the write gate sees the content too.
+        content_erase, content_write: which gates see the content; one of the two at least.
         chunk_size: C, tokens in a content chunk.
         allow_neg_eigval: let the erase gate range over (0, 2).
         norm_eps: epsilon of the output norm.
@@ -211,6 +213,7 @@ class CarveMixer(nn.Module):
         content: str | None = "mean",
         content_norm: str | None = "rms",
         content_rank: int = 16,
+        content_erase: bool = True,
         content_write: bool = False,
         chunk_size: int = 64,
         allow_neg_eigval: bool = False,
@@ -232,6 +235,8 @@ class CarveMixer(nn.Module):
             raise ValueError(f"content is {content!r}, expected 'mean', 'read' or None")
         if content_norm not in ("rms", None):
             raise ValueError(f"content_norm is {content_norm!r}, expected 'rms' or None")
+        if content is not None and not content_erase and not content_write:
+            raise ValueError(f"content is {content!r}, but content_erase and content_write are both False")
         self.H, self.HV, self.K, self.V = num_heads, num_v_heads, head_dim, v_head_dim
         self.gates = GATES[gates]
         self.content = content if gates == "carve" else None
@@ -260,7 +265,7 @@ class CarveMixer(nn.Module):
             self.p_down = self.p_up = self.p_write = None
         else:
             self.p_down = nn.Parameter(torch.empty(num_v_heads, v_head_dim, content_rank))
-            self.p_up = nn.Parameter(torch.empty(num_v_heads, content_rank, head_dim))
+            self.p_up = nn.Parameter(torch.empty(num_v_heads, content_rank, head_dim)) if content_erase else None
             self.p_write = nn.Parameter(torch.empty(num_v_heads, content_rank)) if content_write else None
 
         self.gate_proj = nn.Sequential(
@@ -292,8 +297,10 @@ class CarveMixer(nn.Module):
             "A_log": torch.empty(self.A_log.shape).uniform_(1, 16).log(),
             "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
         }
-        if self.p_down is not None and self.p_up is not None:
-            values["p_down"] = torch.empty(self.p_down.shape).normal_(std=self.V**-0.5)
+        if self.p_down is not None:
+            with torch.random.fork_rng(devices=[]):  # a layer without content draws the same numbers for all else
+                values["p_down"] = torch.empty(self.p_down.shape).normal_(std=self.V**-0.5)
+        if self.p_up is not None:
             values["p_up"] = torch.zeros(self.p_up.shape)
         if self.p_write is not None:
             values["p_write"] = torch.zeros(self.p_write.shape)

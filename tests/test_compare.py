@@ -229,10 +229,10 @@ def test_the_comparisons_that_come_with_the_package(tmp_path):
 
 
 def test_variants_override_the_model(tmp_path):
-    variant = {"mixer": "carve-read", "model": {"chunk_size": 4, "content_norm": None}}
+    variant = {"mixer": "carve-read", "model": {"chunk_size": 4, "content_norm": None}, "train": {"content_lr": 3.0}}
     file = write(tmp_path / "c.yaml", mixers={"gdn2": None, "read, chunk 4": variant})
     run = read_plan(file).with_facts(facts()).run("read, chunk 4", "shape", 1e-2, 1)
-    assert run.train["seed"] == 1
+    assert (run.train["seed"], run.train["content_lr"]) == (1, 3.0)
     model = run.configuration["train"]["model"]
     assert (model["content"], model["content_norm"], model["chunk_size"]) == ("read", None, 4)
 
@@ -243,6 +243,7 @@ def test_variants_override_the_model(tmp_path):
         ({"mixers": {"gdn2": None, "carve-red": None}}, "there is no mixer 'carve-red'; did you mean 'carve-read'"),
         ({"mixers": {"gdn2": {"modle": {}}}}, "'modle' is no field of mixers: gdn2; did you mean 'model'"),
         ({"mixers": {"gdn2": {"model": {"chunksize": 4}}}}, "did you mean 'chunk_size'"),
+        ({"mixers": {"gdn2": {"train": {"steps": 3}}}}, "'steps' is no field of mixers: gdn2: train"),
         ({"mixers": {"gdn2": {"seeds": 0}}}, "seeds is 0, expected an integer of at least 1"),
         ({"train": {"learning_rate": 1.0}}, "'learning_rate' is no field of train"),
         ({"baseline": "kda"}, "baseline is 'kda', expected one of the mixers: carve-read, gdn2"),

@@ -20,7 +20,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"content_write": True, "num_v_heads": 4, "v_head_dim": 6},
     {"content": "read", "content_norm": None},
     {"content": "read", "content_write": True, "num_v_heads": 6, "conv_size": 1, "allow_neg_eigval": True},
+    {"content": "read", "content_erase": False, "content_write": True},
     {"content": None, "v_head_dim": 12},
+    {"gates": "carve_blind"},
     {"gates": "gdn2"},
     {"gates": "kda", "num_v_heads": 4},
     {"gates": "gdn", "num_v_heads": 4, "allow_neg_eigval": True},
@@ -91,13 +93,21 @@ def test_the_layer_is_its_projections_and_the_recurrence(arguments: dict[str, An
     assert state.memory.position.tolist() == [11 % 4] * 2
 
 
-@pytest.mark.parametrize("arguments", [{}, {"content_write": True}, {"content": "read", "content_write": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"content_write": True},
+        {"content": "read", "content_write": True},
+        {"content": "read", "content_erase": False, "content_write": True},
+    ],
+)
 def test_the_content_term_is_heard_once_its_projections_are_not_zero(arguments: dict[str, Any]) -> None:
     layer, silent = make_layer(**arguments), make_layer(**arguments)
     with torch.no_grad():
-        silent.p_up.zero_()
-        if silent.p_write is not None:
-            silent.p_write.zero_()
+        for p in (silent.p_up, silent.p_write):
+            if p is not None:
+                p.zero_()
     x = inputs(2, 16)
     y, expected = layer(x)[0], silent(x)[0]
     assert_near(y[:, :4], expected[:, :4])  # nothing is stored before the first chunk
@@ -119,6 +129,17 @@ def test_at_initialisation_the_layer_has_the_bits_of_the_memory_blind_one(
     assert not loaded.missing_keys
     x = inputs(2, T, dtype)
     assert torch.equal(layer(x)[0], blind(x)[0])
+
+
+def test_with_one_seed_layers_with_and_without_content_begin_with_the_same_weights() -> None:
+    layers = []
+    for arguments in ({}, {"content": "read", "content_write": True}, {"content": None}, {"gates": "carve_blind"}):
+        torch.manual_seed(0)
+        layers.append(CarveMixer(24, num_heads=2, head_dim=8, **arguments).state_dict())
+    for name, weight in layers[2].items():
+        assert all(torch.equal(layer[name], weight) for layer in layers), name
+    assert layers[2].keys() == layers[3].keys()
+    assert torch.equal(layers[0]["p_down"], layers[1]["p_down"])
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
@@ -321,7 +342,7 @@ def test_initial_decay_is_of_the_stated_range(gates: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gates": "mamba"}, "gates is 'mamba', expected one of 'carve', 'gdn2', 'kda', 'gdn'"),
+        ({"gates": "mamba"}, "gates is 'mamba', expected one of 'carve', 'carve_blind', 'gdn2', 'kda', 'gdn'"),
         ({"content": "max"}, "content is 'max', expected 'mean', 'read' or None"),
         ({"content_norm": "l2"}, "content_norm is 'l2', expected 'rms' or None"),
         ({"num_v_heads": 3}, "num_v_heads is 3, expected a multiple of num_heads = 2"),

@@ -22,6 +22,7 @@ from carve.train import TrainConfig
 MATCHING = ("shape", "parameters")
 FIELDS = ("train", "mixers", "baseline", "learning_rates", "seeds", "matching", "tests")
 TEXTS = ("data", "validation", "tokenizer")  # fields of `TrainConfig` that all runs share
+OWN = ("content_lr",)  # those that a mixer can have for itself
 OURS = {"out", "cache", "seed", "learning_rate", "validation_share", "eval_every", "save_every", "keep"}  # set here
 SHARE = 0.005  # by which the numbers of parameters may differ
 
@@ -57,7 +58,7 @@ class Plan:
     Attributes:
         train: fields of `TrainConfig` that all runs share.
         mixers: label -> `mixer`, its name in `carve.evals.mixers`; `seeds`, how many runs, with seeds 0, 1, ...;
-            `model`, fields of `CarveConfig` in place of the common ones.
+            `model`, fields of `CarveConfig`, and `train`, others of `TrainConfig`, in place of the common ones.
         baseline: the label that the others are compared with.
         learning_rates: all are tried with every mixer, with seed 0; the best on validation is taken for all seeds.
         matching: "shape" (all models have the same sizes), "parameters" (the MLP is as wide as makes the number of
@@ -112,7 +113,7 @@ class Plan:
     def run(self, label: str, matching: str, learning_rate: float, seed: int) -> Run:
         model = self.model(label, matching)
         config = CarveConfig(**model)
-        train = {name: x for name, x in self.train.items() if name not in TEXTS}
+        train = {name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"]
         train |= {"model": model, "learning_rate": learning_rate, "seed": seed}
         whole = {**DEFAULTS, **train, "model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
         whole.pop("log_every")
@@ -249,8 +250,10 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     mixers = {}
     for label, entry in mapping("mixers", fields["mixers"]).items():
         entry = mapping(f"mixers: {label}", entry)
-        check_names(f"field of mixers: {label}", entry, ("mixer", "seeds", "model"))
-        mixers[str(label)] = {"mixer": str(label), "seeds": fields.get("seeds", 3), "model": {}} | entry
+        check_names(f"field of mixers: {label}", entry, ("mixer", "seeds", "model", "train"))
+        entry = {"mixer": str(label), "seeds": fields.get("seeds", 3), "model": {}, "train": {}} | entry
+        check_names(f"field of mixers: {label}: train", entry["train"], OWN)
+        mixers[str(label)] = entry
     if fields["baseline"] not in mixers:
         raise ValueError(f"baseline is {fields['baseline']!r}, expected one of the mixers: {', '.join(mixers)}")
     tests = {str(name): place(name, x, text) for name, x in tests.items()}
@@ -259,7 +262,7 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
         try:
             if type(entry["seeds"]) is not int or entry["seeds"] < 1:
                 raise ValueError(f"seeds is {entry['seeds']!r}, expected an integer of at least 1")
-            config = TrainConfig(**(train | {"model": plan.shape(label)}))
+            config = TrainConfig(**(train | entry["train"] | {"model": plan.shape(label)}))
             check_context(CarveConfig(**config.model), config.seq_len)
         except ValueError as error:
             raise ValueError(f"mixers: {label}: {error}") from error

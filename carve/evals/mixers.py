@@ -3,8 +3,9 @@
 import difflib
 from typing import Any
 
-READ = {"layer_types": ["carve"], "content": "read", "content_norm": "rms", "content_write": True}
-MEAN = {"layer_types": ["carve"], "content": "mean", "content_norm": "rms", "content_write": False}
+READ: dict[str, Any] = {"layer_types": ["carve"], "content": "read", "content_norm": "rms"}
+READ |= {"content_erase": True, "content_write": True}
+MEAN = READ | {"content": "mean", "content_write": False}
 
 MIXERS: dict[str, dict[str, Any]] = {
     # -- CARVE, by what its gates see of the memory --
@@ -13,6 +14,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "carve-read": READ,
     "carve-read-raw": READ | {"content_norm": None},
     "carve-read-erase": READ | {"content_write": False},
+    "carve-read-write": READ | {"content_erase": False},
     "carve-blind": {"layer_types": ["carve"], "content": None},
     # -- its rivals --
     "gdn2": {"layer_types": ["gdn2"]},

@@ -31,12 +31,12 @@ class CarveConfig(PreTrainedConfig):
         v_head_dim: V, value dimension of a recurrent head; None for K.
         intermediate_size: width of the SwiGLU MLP.
         conv_size: taps of the short convolution.
-        layer_types: the token mixer of each block: `"carve"`; its rivals `"gdn2"`, `"kda"`, `"gdn"`;
-            `"sliding_attention"`, `"full_attention"`. None for `"carve"` in all.
+        layer_types: the token mixer of each block: `"carve"`; `"carve_blind"`, the same without content; its rivals
+            `"gdn2"`, `"kda"`, `"gdn"`; `"sliding_attention"`, `"full_attention"`. None for `"carve"` in all.
         content: what the gates of `"carve"` layers see of the memory: `"mean"` (the paper), `"read"`, None.
         content_norm: norm of the projected content, `"rms"` or None.
         content_rank: R, rank of the content projections.
-        content_write: whether the write gate sees the content too.
+        content_erase, content_write: which gates see the content; one of the two at least.
         chunk_size: C, tokens in a content chunk.
         allow_neg_eigval: let the erase gate range over (0, 2).
         num_attention_heads, num_key_value_heads: heads of attention layers; None for H, and for all of these.
@@ -67,6 +67,7 @@ class CarveConfig(PreTrainedConfig):
     content: str | None = "mean"
     content_norm: str | None = "rms"
     content_rank: int = 16
+    content_erase: bool = True
     content_write: bool = False
     chunk_size: int = 64
     allow_neg_eigval: bool = False
@@ -152,6 +153,7 @@ class CarveConfig(PreTrainedConfig):
             "content": self.content,
             "content_norm": self.content_norm,
             "content_rank": self.content_rank,
+            "content_erase": self.content_erase,
             "content_write": self.content_write,
             "chunk_size": self.chunk_size,
             "allow_neg_eigval": self.allow_neg_eigval,

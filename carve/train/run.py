@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import TrainConfig, replace_text
 from carve.train.data import split_rows, tokenise
@@ -100,7 +101,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.bits_a_byte = bits_a_byte
+    trainer.bits_a_byte, trainer.content_lr = bits_a_byte, config.content_lr
     if args.process_index == 0:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
         replace_text(out / "data.json", json.dumps(fingerprints) + "\n")
@@ -202,14 +203,27 @@ def arguments(config: TrainConfig) -> TrainingArguments:
 
 
 class CarveTrainer(Trainer):
-    """Trainer, but for three things: what is not decayed, bits per byte, and checkpoints that are whole or absent."""
+    """Trainer, but for groups of parameters, bits per byte, and checkpoints that are whole or absent."""
 
     bits_a_byte: float  # times nats a token
+    content_lr: float  # times the learning rate, for the content projections
     _writing = False
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         kept = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
         return [name for name in super().get_decay_parameter_names(model) if name not in kept]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        mixers = [module for module in self.model.modules() if isinstance(module, CarveMixer)]  # type: ignore[union-attr]
+        content = {p for mixer in mixers for p in (mixer.p_down, mixer.p_up, mixer.p_write) if p is not None}
+        if content and self.content_lr != 1:
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if p in content]
+                if own:
+                    group["params"] = [p for p in group["params"] if p not in content]
+                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:

@@ -364,8 +364,9 @@ def test_scores_of_local_files_are_those_of_a_direct_computation(
     assert [x["filtered_resps"][0] for x in results["wikitext"]["examples"]] == pytest.approx([nats] * 2)
     assert scores["byte_perplexity"] == pytest.approx(math.exp(-nats / len(PAGE.encode())))
 
-    for name, prompt in (("squad_completion", "The cat sat.\n\nQuestion: Who sat?\nAnswer:"), ("fda", "K: 12")):
-        said = generate_text(model, tokenizer, prompt, max_new_tokens=48, temperature=0).split("\n")[0]
+    question = "The cat sat.\n\nQuestion: Who sat?\nAnswer:"
+    for name, prompt, longest, end in (("squad_completion", question, 256, "\n\n"), ("fda", "K: 12", 48, "\n")):
+        said = generate_text(model, tokenizer, prompt, max_new_tokens=longest, temperature=0).split(end)[0]
         assert [example["filtered_resps"] for example in results[name]["examples"]] == [[said]]
 
     before = out.read_bytes()

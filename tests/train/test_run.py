@@ -232,6 +232,18 @@ def test_what_is_not_decayed(config_file, tmp_path):
     }  # fmt: skip
 
 
+def test_the_content_projections_learn_at_their_own_rate(config_file, tmp_path):
+    lasts = [
+        weights(train(TrainConfig.load(config_file, {"out": str(tmp_path / str(factor)), "steps": 3} | fields)))
+        for factor, fields in ((1, {}), (2, {"content_lr": 2.0}), (3, {"content_lr": 1e-9}))
+    ]
+    name = "model.layers.0.mixer.p_up"  # zero at first: what it is has been learnt
+    assert 1.5 < (lasts[1][name].norm() / lasts[0][name].norm()).item() < 2.5
+    assert lasts[2][name].norm() < 1e-6 * lasts[0][name].norm()
+    other = "model.layers.0.mixer.q_proj.weight"
+    assert (lasts[1][other] - lasts[0][other]).norm() < 1e-2 * lasts[0][other].norm()
+
+
 def test_interrupted_is_a_keyboard_interrupt():
     assert issubclass(Interrupted, KeyboardInterrupt)
     assert os.environ.get("TENSORBOARD_LOGGING_DIR") is None  # a run leaves the environment as it was

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from carve.evals.mixers import READ
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.tasks import TASKS, Task, make_task
 from carve.evals.probes.training import MODEL, probe_config, train_probe
@@ -116,7 +117,7 @@ def plan_probes(
     for name, task in cases:
         for mixer in mixers:
             config = probe_config(task, mixer, **model)
-            chosen = sorted({*MODEL, *model, *task.model, "layer_types", "content", "content_norm", "content_write"})
+            chosen = sorted({*MODEL, *model, *task.model, *READ})
             fixed = {
                 "task": {"name": name, **dataclasses.asdict(task)},
                 "mixer": mixer,
