@@ -197,11 +197,12 @@ def perplexities(some: Sequence[Outcome], texts: Sequence[str]) -> list[str]:
     return ["", "Perplexity:", "", *table(["mixer", *texts], rows)]
 
 
-def spread(numbers: Sequence[float]) -> str:
+def spread(numbers: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation."""
     if not numbers:
         return NONE
-    deviation = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.3f}{deviation}"
+    deviation = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.{digits}f}{deviation}"
 
 
 def differences(some: Sequence[Outcome], base: Outcome | None, text: str) -> list[str]:

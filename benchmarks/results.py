@@ -1,0 +1,202 @@
+"""Tables and the picture of docs/results.md and the README, from the raw results under `benchmarks/results/`.
+
+    python benchmarks/results.py            # write them
+    python benchmarks/results.py --check    # exit 1 if a page says something else than the results
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; what is around it is written by hand.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from carve.compare.plan import Plan, read_plan
+from carve.compare.report import NONE, Outcome, outcomes_of, over_seeds, signed, spread, table
+from carve.compare.run import FACTS, read_speed
+from carve.compare.run import read_results as read_comparison
+from carve.evals.mixers import MIXERS
+from carve.evals.probes.results import read_results as read_probes
+from carve.evals.probes.tasks import make_task
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+PICTURE = RESULTS / "results.png"
+EDITING = ("write-once", "compare-and-swap", "counters", "selective-forgetting")
+
+
+# -- language modelling --
+
+
+@cache
+def comparison(name: str) -> tuple[Plan, dict[str, Outcome]]:
+    """The plan and the outcomes, of models of equal shape, of a comparison in `benchmarks/compare`."""
+    out = RESULTS / "compare" / name
+    facts = json.loads((out / FACTS).read_text(encoding="utf-8"))["texts"]
+    plan = read_plan(ROOT / "benchmarks" / "compare" / f"{name}.yaml").with_facts(facts)
+    return plan, {x.label: x for x in outcomes_of(plan, read_comparison(out), read_speed(out))["shape"]}
+
+
+def perplexities(name: str) -> list[str]:
+    """Perplexity of each mixer, and what it costs."""
+    plan, found = comparison(name)
+    texts = ["validation", *plan.tests]
+    rows = []
+    for x in found.values():
+        count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
+        cells = [spread([math.exp(y) for y in x.losses(text).values()], 1) for text in texts]
+        speed = NONE if x.speed is None else f"{statistics.median(x.speed['tokens_per_second']) / 1e3:,.0f}"
+        rows.append([f"`{x.label}`", *cells, f"{count / 1e6:.2f}", speed])
+    return table(["mixer", *texts, "parameters, M", "1,000 tokens/s"], rows)
+
+
+def summary() -> list[str]:
+    """Of the README: what decides."""
+    rows = []
+    for x in comparison("small")[1].values():
+        count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
+        loss = spread([math.exp(y) for y in x.losses("validation").values()], 1)
+        rows.append([f"`{x.label}`", f"{count / 1e6:.2f}", loss, spread(probes()["write-once"][x.label], 1)])
+    return table(["mixer", "parameters, M", "perplexity", "write-once, accuracy in %"], rows)
+
+
+def differences(name: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Loss of the first of a pair less that of the second, the mean over seeds and its interval."""
+    plan, found = comparison(name)
+    rows = []
+    for ours, base in pairs:
+        cells = []
+        for text in ("validation", *plan.tests):
+            interval = over_seeds(found[ours], found[base], text)
+            assert interval is not None
+            cells.append(f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})")
+        rows.append([f"`{ours}` less `{base}`", *cells])
+    return table(["", "validation", *plan.tests], rows)
+
+
+def contents(name: str) -> list[str]:
+    """What the content term does in the trained models, on validation."""
+    rows = []
+    for x in comparison(name)[1].values():
+        kept = [result for result in x.seeds.values() if result.get("content")]
+        if kept:
+            off, swapped = [], []
+            for result in kept:
+                whole, content = result["texts"]["validation"], result["content"]
+                off.append((content["off"]["nats"] - whole["nats"]) / whole["tokens"])
+                swapped.append((content["swapped"]["other"] - content["swapped"]["own"]) / content["swapped"]["tokens"])
+            moved = [
+                [y for result in kept for layer in result["content"]["gates"] for y in layer[gate] or []]
+                for gate in ("erase_shift", "write_shift")
+            ]
+            rows.append([f"`{x.label}`", signed(off), signed(swapped)])
+            rows[-1] += [f"{statistics.fmean(y):.3f} ({max(y):.3f})" if y else NONE for y in moved]
+    return table(["mixer", "content off", "content of another text", "erase gate moved", "write gate moved"], rows)
+
+
+# -- probes --
+
+
+@cache
+def probes() -> Mapping[str, Mapping[str, list[float]]]:
+    """Task -> mixer -> accuracy in %, of each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in read_probes(RESULTS / "probes" / "results.jsonl").values():
+        configuration = record["configuration"]
+        mixers = found.setdefault(configuration["task"]["name"], {})
+        mixers.setdefault(configuration["mixer"], []).append(100 * record["accuracy"])
+    return found
+
+
+def probed() -> list[str]:
+    return [mixer for mixer in MIXERS if any(mixer in some for some in probes().values())]
+
+
+def accuracies() -> list[str]:
+    tasks = probes()
+    rows = [["*a guess*", *(f"*{100 / make_task(task, {}).answers:.0f}*" for task in tasks)]]
+    for mixer in probed():
+        seeds = [tasks[task][mixer] for task in tasks]
+        rows.append([f"`{mixer}`", *(spread(x, 1) for x in seeds)])
+    return table(["mixer", *tasks], rows)
+
+
+# -- the pages --
+
+AGAINST_GDN2 = [(ours, "gdn2") for ours in ("carve-read", "carve-mean", "carve-blind", "kda")]
+AGAINST_BLIND = [(ours, "carve-blind") for ours in ("carve-read", "carve-mean")]
+
+BLOCKS = {
+    "summary": summary,
+    "small: perplexity": lambda: perplexities("small"),
+    "small: differences": lambda: differences("small", AGAINST_GDN2 + AGAINST_BLIND),
+    "small: content": lambda: contents("small"),
+    "probes": accuracies,
+}
+
+
+def draw() -> Figure:
+    """Loss of each seed less that of the blind mixer of that seed; accuracy on the editing tasks."""
+    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    _, found = comparison("small")
+    base = found["carve-blind"].losses("validation")
+    for at, x in enumerate(found.values()):
+        seeds = [loss - base[seed] for seed, loss in x.losses("validation").items()]
+        left.plot(seeds, [at] * len(seeds), "o", color=f"C{at}", alpha=0.6)
+        left.plot([statistics.fmean(seeds)] * 2, [at - 0.3, at + 0.3], color=f"C{at}", linewidth=2)
+    left.set_yticks(range(len(found)), list(found))
+    left.invert_yaxis()
+    left.axvline(0, color="0.5", linewidth=0.8)
+    left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
+    left.set_title("language: 5 M parameters, 16 M tokens", fontsize=9)
+    tasks = [task for task in EDITING if task in probes()]
+    shown = [mixer for mixer in probed() if mixer not in ("carve-read-raw", "full_attention")]
+    for i, mixer in enumerate(shown):
+        for at, task in enumerate(tasks):
+            seeds, place = probes()[task][mixer], at + (i - len(shown) / 2) * 0.08
+            right.bar(place, statistics.fmean(seeds), 0.07, color=f"C{i}", alpha=0.6, label=mixer if not at else None)
+            right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
+    right.set_xticks(range(len(tasks)), tasks)
+    right.set_ylabel("accuracy, %", fontsize=8)
+    right.set_title("memory-conditioned editing, 8 pairs, one layer", fontsize=9)
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    for ax in (left, right):
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def fill(text: str) -> str:
+    """The page, with every table as the results have it."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n" + "\n".join(BLOCKS[match[1]]()) + "\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end)(.+?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if fill(text) != text:
+            if check:
+                sys.exit(f"{page} is out of date: python benchmarks/results.py")
+            page.write_text(fill(text), encoding="utf-8")
+    if not check:
+        draw().savefig(PICTURE)
+
+
+if __name__ == "__main__":
+    main()

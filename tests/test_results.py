@@ -1,0 +1,35 @@
+"""The pages of results say what the raw results say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    specification = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["results.py", "--check"])
+    return module
+
+
+def test_the_pages_are_made_from_the_results(results: ModuleType) -> None:
+    results.main()
+
+
+def test_a_number_that_was_changed_by_hand_is_found(results: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page.write_text(text.replace("| `gdn2` | 7", "| `gdn2` | 6", 1), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") != text
+    results.PAGES = [page]
+    with pytest.raises(SystemExit, match=r"results\.md is out of date"):
+        results.main()
