@@ -1,7 +1,8 @@
 // In place of primitives.cuh, to run the kernels on a CPU (x86-64): every GPU thread is a fiber, warps take turns in random
 // order, and what the threads of a warp, a program or a cluster do together is a rendezvous.  Shared memory begins as
 // garbage, and writing beyond its end, unaligned operands, threads that do not arrive together and reaching into a program
-// that has ended end the process.
+// that has ended end the process.  Compiled with -fsanitize=thread (and linked without), `races` counts accesses to shared
+// memory by two warps, one of them writing, that no barrier or signal puts in an order.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -103,26 +104,89 @@ struct Warp {
   u32 out[32][4];
 };
 static std::vector<Warp> warps;
+#define UNSEEN __attribute__((no_sanitize("thread")))  // by the compiler's calls at every access
+constexpr int MOST_WARPS = 32, MOST_SIGNALS = 128;  // of a cluster
+struct Clock {
+  u32 of[MOST_WARPS];  // up to where the past of each warp is known
+};
 struct Meeting {
   int arrived = 0;
   long gen = 0;
   int n = 0;
+  Clock past[2];  // of this meeting and the one before
 };
+static int races = 0;
+// Vector clocks, as in FastTrack (Flanagan and Freund 2009), a clock a warp: what the lanes of a warp do to each other is not
+// looked at.  A cell is two bytes of shared memory.  Plain arrays, as functions of the library are seen themselves.
+struct Cell {
+  int writer;
+  u32 written, read[MOST_WARPS];  // when, by the clock of the warp
+};
+static Clock clocks[MOST_WARPS];
+static Cell* cells = nullptr;
+static size_t cells_there = 0;
+
+UNSEEN static void begin_races(size_t bytes) {
+  cells_there = bytes / 2;
+  cells = (Cell*)realloc(cells, cells_there * sizeof(Cell));
+  for (size_t i = 0; i < cells_there * sizeof(Cell) / 4; ++i) ((u32*)cells)[i] = 0;
+  for (size_t i = 0; i < cells_there; ++i) cells[i].writer = -1;
+  for (int w = 0; w < MOST_WARPS; ++w)
+    for (int i = 0; i < MOST_WARPS; ++i) clocks[w].of[i] = w == i;
+}
+UNSEEN static void forget(Clock& past) {
+  for (int w = 0; w < MOST_WARPS; ++w) past.of[w] = 0;
+}
+UNSEEN static void join(Clock& to, const Clock& from) {
+  for (int w = 0; w < MOST_WARPS; ++w)
+    if (to.of[w] < from.of[w]) to.of[w] = from.of[w];
+}
+UNSEEN static void release(Clock& to) {
+  join(to, clocks[cur >> 5]);
+  ++clocks[cur >> 5].of[cur >> 5];
+}
+UNSEEN static void acquire(const Clock& from) { join(clocks[cur >> 5], from); }
+UNSEEN static void found(const char* what, size_t cell, int other, const void* here) {
+  if (races++ < 8)
+    printf("race: %s, byte %zu of shared memory, warp %d before warp %d, code at %+ld\n", what, 2 * cell, other, cur >> 5,
+           (const byte*)here - (const byte*)&races);
+}
+UNSEEN static void access(const void* p, size_t n, bool writes, const void* here) {
+  if (cur < 0 || (const byte*)p < first_smem || (const byte*)p + n > first_smem + 2 * cells_there) return;
+  const int warp = cur >> 5;
+  const u32* known = clocks[warp].of;
+  const size_t at = (const byte*)p - first_smem;
+  for (size_t i = at / 2; i <= (at + n - 1) / 2; ++i) {
+    Cell& cell = cells[i];
+    if (cell.writer >= 0 && cell.written > known[cell.writer])
+      found(writes ? "two writes" : "a read of what is written", i, cell.writer, here);
+    if (writes) {
+      for (int w = 0; w < MOST_WARPS; ++w)
+        if (w != warp && cell.read[w] > known[w]) found("a write of what is read", i, w, here);
+      cell.writer = warp;
+      cell.written = known[warp];
+    } else
+      cell.read[warp] = known[warp];
+  }
+}
 static std::vector<Meeting> meetings;  // of each program's threads, then of the cluster's
 static void yield();
 static void meet(Meeting& m, int n) {
-  if (m.arrived == 0)
+  long gen = m.gen;
+  if (m.arrived == 0) {
     m.n = n;
-  else if (m.n != n) {
+    forget(m.past[gen & 1]);
+  } else if (m.n != n) {
     printf("barrier counts differ\n");
     abort();
   }
-  long gen = m.gen;
+  release(m.past[gen & 1]);
   if (++m.arrived == n) {
     m.arrived = 0;
     m.gen++;
   } else
     while (m.gen == gen) yield();
+  acquire(m.past[gen & 1]);
 }
 static void yield() { jump(&fibers[cur].ctx, &main_ctx); }
 template <class F>
@@ -306,34 +370,32 @@ static void chk(void* to, int n) {
     abort();
   }
 }
+// Copies are made when they are waited for, but may be from the beginning.
 static void copy_16_bytes(void* to, const void* from, bool v) {
   chk(to, 16);
+  emu::access(to, 16, true, __builtin_return_address(0));
   emu::fibers[emu::cur].copies.push_back({to, from, 16, v});
 }
 static void copy_4_bytes(void* to, const void* from, bool v) {
   chk(to, 4);
+  emu::access(to, 4, true, __builtin_return_address(0));
   emu::fibers[emu::cur].copies.push_back({to, from, 4, v});
-}
-static void wait_for_copies() {
-  emu::fibers[emu::cur].groups.clear();
-  auto& c = emu::fibers[emu::cur].copies;
-  for (auto& x : c)
-    if (x.valid)
-      memcpy(x.to, x.from, x.n);
-    else
-      memset(x.to, 0, x.n);
-  c.clear();
 }
 static void do_copies(int m) {
   auto& f = emu::fibers[emu::cur];
   for (int i = 0; i < m; i++) {
     auto& x = f.copies[i];
+    emu::access(x.to, x.n, true, __builtin_return_address(0));
     if (x.valid)
       memcpy(x.to, x.from, x.n);
     else
       memset(x.to, 0, x.n);
   }
   f.copies.erase(f.copies.begin(), f.copies.begin() + m);
+}
+static void wait_for_copies() {
+  emu::fibers[emu::cur].groups.clear();
+  do_copies((int)emu::fibers[emu::cur].copies.size());
 }
 static void close_copies() {
   auto& f = emu::fibers[emu::cur];
@@ -359,21 +421,43 @@ static void barrier(int id, int n) {
   }
   meet(bars[16 * program() + id], n);
 }
+UNSEEN static void raise_flag(int* flag) {
+  if (!*flag) emu::access(flag, 4, true, __builtin_return_address(0));
+  *flag = 1;
+}
 struct alignas(8) Signal {
   short n, pending;
   int phase;
 };
-static void set_up(Signal* s, int n) {
+namespace emu {
+struct Past {
+  Signal* of;
+  Clock arriving, ended[2];  // of the phase that goes on; of the last of each parity
+};
+static Past pasts[MOST_SIGNALS];
+UNSEEN static Past& past_of(Signal* s) {
+  int i = 0;
+  while (i < MOST_SIGNALS && pasts[i].of && pasts[i].of != s) ++i;
+  if (i == MOST_SIGNALS) abort();
+  pasts[i].of = s;
+  return pasts[i];
+}
+}  // namespace emu
+UNSEEN static void set_up(Signal* s, int n) {
   s->n = s->pending = n;
   s->phase = 0;
 }
-static void arrive(Signal* s) {
+UNSEEN static void arrive(Signal* s) {
   if (s->n <= 0 || s->pending <= 0) {
     printf("bad arrive\n");
     abort();
   }
+  emu::Past& past = emu::past_of(s);
+  emu::release(past.arriving);
   if (--s->pending == 0) {
     s->pending = s->n;
+    past.ended[s->phase] = past.arriving;
+    emu::forget(past.arriving);
     s->phase ^= 1;
   }
 }
@@ -394,7 +478,11 @@ static float load_from_program(const float* p, int rank) { return *emu::of_progr
 static void store_into_program(float4* p, int rank, float4 x) { *emu::of_program(p, rank) = x; }
 static void arrive_at_program(Signal* s, int rank) { arrive(emu::of_program(s, rank)); }
 static int lane_anew() { return emu::cur & 31; }
-static bool has_ended(Signal* s, int phase) { return s->phase != phase; }
+UNSEEN static bool has_ended(Signal* s, int phase) {
+  if (s->phase == phase) return false;
+  emu::acquire(emu::past_of(s).ended[phase]);
+  return true;
+}
 static bool any_lane(bool x) {
   using namespace emu;
   int l = cur & 31;
@@ -416,7 +504,7 @@ static void store_shared(u32 a, u32 x) {
   *(u32*)(shared_memory() + a) = x;
 }
 static void wait(Signal* s, int phase) {
-  while (s->phase == phase) emu::yield();
+  while (!has_ended(s, phase)) emu::yield();
 }
 static void wait_for_cluster(Signal* s, int phase) { wait(s, phase); }
 namespace emu {
@@ -458,6 +546,7 @@ static void run(void (*f)(void**), int grid, int threads, int programs, int byte
   smem_stride = (bytes + 1024 + 4096) / 1024 * 1024;
   std::vector<byte> mem(programs * smem_stride + 1024, 0xff);
   first_smem = (byte*)(((uintptr_t)mem.data() + 1023) / 1024 * 1024);
+  races = 0;
   for (blk = 0; blk < grid; blk += programs) {
     for (int i = 0; i < programs; i++) {
       memset(smem_of(i), 0xff, bytes);
@@ -467,6 +556,8 @@ static void run(void (*f)(void**), int grid, int threads, int programs, int byte
     warps.assign(all / 32, Warp());
     meetings.assign(programs + 1, Meeting());
     bars.assign(16 * programs, Meeting());
+    memset(pasts, 0, sizeof pasts);
+    begin_races(programs * smem_stride);
     for (int i = 0; i < all; i++) make(&fibers[i].ctx, stacks + SS * i, SS, entry);
     int left = all;
     std::vector<int> ord(all / 32);
@@ -493,3 +584,24 @@ static void run(void (*f)(void**), int grid, int threads, int programs, int byte
   }
 }
 }  // namespace emu
+
+// What the compiler calls at every access.
+#define ACCESS(name, bytes, writes) \
+  extern "C" UNSEEN void __tsan_##name(void* p) { emu::access(p, bytes, writes, __builtin_return_address(0)); }
+#define ACCESSES(bytes)                             \
+  ACCESS(read##bytes, bytes, false)                 \
+  ACCESS(write##bytes, bytes, true)                 \
+  ACCESS(unaligned_read##bytes, bytes, false)       \
+  ACCESS(unaligned_write##bytes, bytes, true)
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+extern "C" UNSEEN void __tsan_read_range(void* p, size_t n) { emu::access(p, n, false, __builtin_return_address(0)); }
+extern "C" UNSEEN void __tsan_write_range(void* p, size_t n) { emu::access(p, n, true, __builtin_return_address(0)); }
+extern "C" UNSEEN void __tsan_vptr_update(void*, void*) {}
+extern "C" UNSEEN void __tsan_vptr_read(void*) {}
+extern "C" UNSEEN void __tsan_func_entry(void*) {}
+extern "C" UNSEEN void __tsan_func_exit() {}
+extern "C" UNSEEN void __tsan_init() {}

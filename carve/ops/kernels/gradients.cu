@@ -182,7 +182,7 @@ DEVICE void prepare(const Prepared& p, const Content& c) {
       if (t / TOKENS == part) G[round][t % TOKENS] = sum;
     }
     end[round] = sum;
-    if (fminf(sum.x, sum.y) < -MILD) p.strong[s] = 1;
+    if (fminf(sum.x, sum.y) < -MILD) raise_flag(p.strong + s);
     if (part == 0) *(float2*)(p.decay + s * K + column) = make_float2(exp2_(sum.x), exp2_(sum.y));
   }
   sync();

@@ -149,6 +149,9 @@ DEVICE void store_into_program(float4* p, int rank, float4 x) {
 
 // -- synchronisation of some of a block's warps --
 
+// From 0 to 1, by any number of threads at once.
+DEVICE void raise_flag(int* flag) { *(volatile int*)flag = 1; }
+
 // All `threads` that name this barrier meet.
 DEVICE void barrier(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
