@@ -1,7 +1,8 @@
 """Small launches of every CUDA kernel, to be watched by NVIDIA's compute-sanitizer:
 
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck synccheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --num-cuda-barriers 40 python benchmarks/gpu_sanitize.py
+        compute-sanitizer --tool $tool --num-cuda-barriers 40 python benchmarks/gpu_sanitize.py
     done
 
 Without PyTorch's cache every tensor is an allocation of its own, whose ends memcheck knows. What it says of calls to
