@@ -1,28 +1,41 @@
-"""Measures launch configurations of the portable kernels on this GPU: `python benchmarks/triton_table.py`.
+"""Measures launch configurations of the portable kernels on this GPU, for the table in carve/ops/kernels/portable.py.
 
-Writes the fastest ones into carve/ops/kernels/portable.py. A configuration counts only if its outputs and gradients are
-those of plain torch; takes about ten minutes, most of them compiling.
+    python benchmarks/triton_table.py 128              # the rows for heads of up to 128; all rows without a number
+    python benchmarks/triton_table.py 128 --minutes 2  # candidates that are not compiled by then are left out
+    python benchmarks/triton_table.py 128 --write      # put the fastest into portable.py
+
+Every candidate is compiled in a process of its own, by a whole forward and backward on the arguments that are timed
+afterwards (Triton compiles anew for other divisibilities), and counts only if what comes out is what the present table
+gives, to rounding. The best of a first round are then timed in turns. Raw numbers: `results/triton_table.json`.
 """
 
+import argparse
 import itertools
+import json
+import multiprocessing
+import os
 import re
+import statistics
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
-from triton.testing import do_bench
+from torch import Tensor
+from torch.nn import functional as F
 
 from carve.ops import chunk_carve
 from carve.ops.kernels import portable
-from carve.ops.kernels.portable import LAUNCHES, Launch, Plan
-from carve.ops.recurrence import Projections, Tokens
+from carve.ops.kernels.portable import LARGEST_READ, LAUNCHES, Launch, Plan
 
 FILE = Path(portable.__file__)
-SIZES = {32: 32, 64: 64, 128: 128, 256: 256}  # of K and V, for each row of the table
-WARPS = {32: (1, 2, 4), 64: (2, 4, 8), 128: (4, 8), 256: (8, 16)}
-TILES = {"gated": (32, 64, 128), "gradients": (32, 64, 128)}  # of V; other kernels take it whole up to 128, 64 beyond
+RESULTS = Path(__file__).parent / "results" / "triton_table.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B, T, H, R = 8, 4096, 16, 16
 KERNELS = {  # launches that a row of the table decides: the kernel, and GATED if it matters
     "prepare": ("prepare", None),
     "gated": ("run_blocks", True),
@@ -30,102 +43,203 @@ KERNELS = {  # launches that a row of the table decides: the kernel, and GATED i
     "reverse": ("reverse_blocks", None),
     "gradients": ("differentiate_blocks", None),
 }
-TOLERANCE = 0.02  # of the norm, as tests/tolerances.py has it for bfloat16 operands, and some
+WARPS = {32: (1, 2, 4), 64: (1, 2, 4, 8), 128: (2, 4, 8, 16), 256: (4, 8, 16)}
+STAGES = (1, 2, 3)
+TILES = {"gated": (32, 64, 128), "gradients": (32, 64, 128)}  # of V; the others take it whole up to 128, 64 beyond
+FINAL, ROUNDS = 3, 7  # candidates of a row in the last round; turns
+TOLERANCE = 0.02  # of the norm: other tiles add up bfloat16 products in another order
+
+Candidate = tuple[str, int, Launch]  # kernel, size, configuration
 
 
-def candidates(name: str, size: int) -> list[Launch]:
-    tiles = [tile for tile in TILES.get(name, (256 if size < 256 else 64,)) if tile <= max(size, 64) or tile == 256]
-    stages = (1,) if name == "prepare" else (1, 2, 3)
-    return [Launch(*parts) for parts in itertools.product(WARPS[size], stages, tiles)]
+def candidates(name: str, size: int) -> Iterator[Launch]:
+    tiles = [tile for tile in TILES.get(name, ()) if tile <= size] or [256 if size < 256 else 64]
+    stages = (1,) if name == "prepare" else STAGES
+    for warps, stage, tile in itertools.product(WARPS[size], stages, tiles):
+        if warps * 32 <= 8 * tile:  # fewer than four numbers of a tile a thread are none to work on
+            yield Launch(warps, stage, tile)
 
 
-def draw(size: int, B: int, T: int, H: int) -> tuple[Tokens, Projections]:
-    r = torch.Generator("cuda").manual_seed(0)
+def draw(size: int) -> dict[str, Tensor]:
+    r = torch.Generator(DEVICE).manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=r, device="cuda")
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=r, device=DEVICE)
 
-    q, k = (torch.nn.functional.normalize(normal(B, T, H, size), dim=-1).bfloat16() for _ in range(2))
-    v, e = normal(B, T, H, size).bfloat16(), normal(B, T, H, size).bfloat16()
-    g = -torch.nn.functional.softplus(normal(B, T, H, size) - 3)
+    x = {name: F.normalize(normal(B, T, H, size), dim=-1).bfloat16() for name in ("q", "k")}
+    x |= {name: normal(B, T, H, size).bfloat16() for name in ("v", "e")}
+    g = -F.softplus(normal(B, T, H, size) - 3)
     g[:, 100:110] = -20.0  # strong blocks too
-    tokens = Tokens(q, k, v, g, e, normal(B, T, H))
-    down = normal(H, size, 16) * size**-0.5
-    p = Projections(down, 0.2 * normal(H, 16, size), 0.2 * normal(H, 16))
-    for y in (*tokens, *p):
-        y.requires_grad_()
-    return tokens, p
+    x |= {"g": g, "w": normal(B, T, H), "p_down": normal(H, size, R) * size**-0.5}
+    x |= {"p_up": 0.2 * normal(H, R, size), "p_write": 0.2 * normal(H, R)}
+    return {name: y.requires_grad_() for name, y in x.items()}
 
 
-def run(x: Tokens, p: Projections, backend: str) -> list[torch.Tensor]:
+def run(x: dict[str, Tensor]) -> list[Tensor]:
     """Outputs and gradients."""
-    o, _ = chunk_carve(*x, *p, content="read", content_norm="rms", backend=backend)
-    weights = torch.sin(torch.arange(o.numel(), device="cuda").view(o.shape))
-    return [o, *torch.autograd.grad((o.float() * weights).sum(), [*x, *p])]
+    content = "read" if x["q"].shape[-1] <= LARGEST_READ else "mean"
+    o, _ = chunk_carve(**x, content=content, content_norm="rms", backend="triton")
+    weights = torch.sin(torch.arange(o.numel(), device=DEVICE)).view(o.shape)
+    return [o, *torch.autograd.grad((o.float() * weights).sum(), list(x.values()))]
 
 
-def right(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    """Whether all agree; of NaN, none do."""
-    return all((y - z).float().norm() <= TOLERANCE * z.float().norm() for y, z in zip(found, expected, strict=True))
+def sample(x: dict[str, Tensor]) -> list[Tensor]:
+    """Some numbers of each output and gradient, on the CPU."""
+    return [y.detach().flatten()[:: max(1, y.numel() // 20_000)].float().cpu() for y in run(x)]
 
 
-def time_launch(name: str, x: Tokens, p: Projections) -> float:
-    """Milliseconds of the launches that `name` decides, in one forward and backward."""
+@contextmanager
+def launching(name: str, size: int, how: Launch) -> Iterator[None]:
+    before = LAUNCHES[name][size]
+    LAUNCHES[name][size] = how
+    try:
+        yield
+    finally:
+        LAUNCHES[name][size] = before
+
+
+KEPT: dict[int, dict[str, Tensor]] = {}  # arguments that a compiling process has made
+
+
+def try_candidate(candidate: Candidate, expected: list[Tensor]) -> str | None:
+    """Compile and run it; what is wrong with it, or None."""
+    name, size, how = candidate
+    if size not in KEPT:
+        KEPT.clear()
+        KEPT[size] = draw(size)
+    try:
+        with launching(name, size, how):
+            found = sample(KEPT[size])
+    except Exception as error:  # too many registers, too much shared memory: whatever the compiler says
+        return str(error).splitlines()[0][:100]
+    right = all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, expected, strict=True))
+    return None if right else "wrong results"
+
+
+def launches_of(name: str, x: dict[str, Tensor]) -> list[Callable[[], None]]:
+    """The launches that a row of the table decides, of one forward and backward, to be made again."""
     kernel_name, gated = KERNELS[name]
-    plain, total = Plan.launch, 0.0
+    plain, found = Plan.launch, []
 
     def launch(plan: Plan, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        nonlocal total
         plain(plan, kernel, programs, *arguments, **constants)
         if kernel.__name__ == kernel_name and gated in (None, constants.get("GATED")):
-            total += do_bench(lambda: plain(plan, kernel, programs, *arguments, **constants), 5, 25)
+            found.append(lambda: plain(plan, kernel, programs, *arguments, **constants))
 
     Plan.launch = launch  # type: ignore[method-assign]
     try:
-        run(x, p, "triton")
+        run(x)
     finally:
         Plan.launch = plain  # type: ignore[method-assign]
-    return total
+    return found
 
 
-def choose(name: str, size: int) -> None:
-    """Try the candidates of a row of the table, and leave the fastest that is right in it."""
-    small, large = draw(SIZES[size], 1, 200, 2), draw(SIZES[size], 4, 2048, 16)
-    expected = run(*small, "torch")
-    times: dict[Launch, float] = {}
-    for how in track(candidates(name, size), f"{name} {size}"):
-        LAUNCHES[name][size] = how
-        try:
-            if right(run(*small, "triton"), expected):
-                times[how] = time_launch(name, *large)
+def milliseconds(call: Callable[[], Any]) -> float:
+    if DEVICE == "cpu":
+        begin = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begin)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)  # so that the launch itself is not waited for
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def in_turns(found: list[Candidate], x: dict[str, Tensor], rounds: int) -> dict[Candidate, list[float]]:
+    """Milliseconds of each round, of the launches of one forward and backward."""
+    calls = {}
+    for candidate in found:
+        with launching(*candidate):
+            calls[candidate] = launches_of(candidate[0], x)
+    times: dict[Candidate, list[float]] = {candidate: [] for candidate in found}
+    for _ in range(rounds):
+        for candidate, launches in calls.items():
+            times[candidate].append(sum(milliseconds(launch) for launch in launches))
+    return times
+
+
+def compile_all(found: list[Candidate], expected: dict[int, list[Tensor]], deadline: float) -> list[Candidate]:
+    """Those that work, the present table's first."""
+    right = [(name, size, LAUNCHES[name][size]) for name, size in dict.fromkeys((c[0], c[1]) for c in found)]
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), multiprocessing.get_context("spawn"))
+    jobs = {pool.submit(try_candidate, c, expected[c[1]]): c for c in found if c not in right}
+    try:
+        for job in as_completed(jobs, timeout=max(1.0, deadline - time.monotonic())):
+            name, size, how = jobs[job]
+            if (wrong := job.result()) is None:
+                right.append(jobs[job])
             else:
-                print(f"{name} {size} {how}: wrong results")
-        except Exception as error:  # too many registers, too much shared memory: whatever the compiler says
-            print(f"{name} {size} {how}: {str(error).splitlines()[0][:100]}")
-    if not times:
-        raise SystemExit(f"{name} {size}: no configuration works")
-    LAUNCHES[name][size] = best = min(times, key=lambda how: times[how])
-    print(f"{name} {size}: {best}, {times[best]:.3f} ms, slowest {max(times.values()):.3f} ms", flush=True)
+                print(f"{name} {size} {how}: {wrong}", flush=True)
+    except TimeoutError:
+        print(f"{sum(not job.done() for job in jobs)} candidates were not compiled in time", flush=True)
+    for process in pool._processes.values():
+        process.kill()
+    pool.shutdown(cancel_futures=True)
+    return right
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("triton_table: no GPU, expected one to measure on")
-    for name in LAUNCHES:
-        for size in LAUNCHES[name]:
-            choose(name, size)
+def measure(sizes: list[int], minutes: float) -> list[dict[str, Any]]:
+    """Times of all candidates, the fastest of each row first; the rows of `LAUNCHES` become the fastest."""
+    deadline = time.monotonic() + 60 * minutes
+    found = [(name, size, how) for size in sizes for name in LAUNCHES for how in candidates(name, size)]
+    expected = {size: sample(draw(size)) for size in sizes}
+    right = compile_all(found, expected, deadline)
+    records = []
+    for size in sizes:
+        x = draw(size)
+        for name in LAUNCHES:
+            times = in_turns([c for c in right if c[:2] == (name, size)], x, 1)
+            best = sorted(times, key=lambda c: times[c])[:FINAL]
+            present = (name, size, LAUNCHES[name][size])
+            times |= in_turns(list(dict.fromkeys([*best, present])), x, ROUNDS)
+            rows = [
+                {"kernel": name, "size": size, "launch": vars(c[2]), "present": c == present, "ms": ms}
+                for c, ms in times.items()
+            ]
+            rows.sort(key=lambda row: (len(row["ms"]) == 1, statistics.median(row["ms"])))
+            records += rows
+            LAUNCHES[name][size] = Launch(**rows[0]["launch"])
+            before = statistics.median(times[present])
+            print(f"{name} {size}: {LAUNCHES[name][size]}, {statistics.median(rows[0]['ms']):.3f} ms for {before:.3f}")
+    return records
+
+
+def table() -> str:
+    def write(how: Launch) -> str:
+        return f"Launch({how.num_warps}, {how.num_stages}, {how.tile})"
+
     rows = (
         f'    "{name}": {{{", ".join(f"{size}: {write(how)}" for size, how in sizes.items())}}},\n'
         for name, sizes in LAUNCHES.items()
     )
-    table = "LAUNCHES: dict[str, dict[int, Launch]] = {\n" + "".join(rows) + "}\n"
-    text = re.sub(r"LAUNCHES: .*?\n}\n", lambda _: table, FILE.read_text(), count=1, flags=re.DOTALL)
-    FILE.write_text(text)
-    print(table)
+    return "LAUNCHES: dict[str, dict[int, Launch]] = {\n" + "".join(rows) + "}\n"
 
 
-def write(how: Launch) -> str:
-    return f"Launch({how.num_warps}, {how.num_stages}, {how.tile})"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", type=int, help="32, 64, 128, 256")
+    parser.add_argument("--minutes", type=float, default=10, help="for compiling")
+    parser.add_argument("--write", action="store_true", help="put the fastest into portable.py")
+    options = parser.parse_args()
+    sizes = options.sizes or list(WARPS)
+    if DEVICE == "cpu":
+        sys.exit("triton_table: no GPU, expected one to measure on")
+    if not set(sizes) <= set(WARPS):
+        sys.exit(f"triton_table: sizes are {sizes}, expected some of {', '.join(map(str, WARPS))}")
+    from gpu_op import system
+
+    records = measure(sizes, options.minutes)
+    shape = {"B": B, "T": T, "H": H, "R": R}
+    RESULTS.write_text(json.dumps({"system": system(), "shape": shape, "launches": records}) + "\n", encoding="utf-8")
+    print(table())
+    if options.write:
+        text = FILE.read_text(encoding="utf-8")
+        FILE.write_text(
+            re.sub(r"LAUNCHES: .*?\n}\n", lambda _: table(), text, count=1, flags=re.DOTALL), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 Tests marked gpu take the shapes and options of `tests/ops/test_cuda.py`, and more.
 """
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ from triton.runtime import interpreter
 
 from carve.ops import CarveState, chunk_carve, recurrent_carve
 from carve.ops.kernels import portable
-from carve.ops.kernels.portable import Launch
+from carve.ops.kernels.portable import LAUNCHES, Launch
 from carve.ops.recurrence import Options, Projections, Tokens
 from tests.ops.cases import Case, assert_close, assert_states_close
 from tests.ops.kernel_cases import assert_as_exact as assert_kernel_as_exact
@@ -227,6 +229,38 @@ assert_as_exact = partial(assert_kernel_as_exact, backend="triton")
 def served(content: str | None, size: int) -> str | None:
     """The content, or "mean" where "read" is not served."""
     return "mean" if content == "read" and size > 128 else content
+
+
+def test_the_launch_table_can_be_measured_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script in `benchmarks`, on a few tokens and without its processes; one configuration gives wrong results."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    script = importlib.import_module("triton_table")
+    small = {"B": 1, "T": 20, "H": 1, "R": 4, "ROUNDS": 2, "FINAL": 1, "STAGES": (1,), "WARPS": {32: (1, 2)}}
+    for name, value in {**small, "LAUNCHES": {name: dict(sizes) for name, sizes in LAUNCHES.items()}}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(portable, "LAUNCHES", script.LAUNCHES)
+    wrong = ("reverse", 32, Launch(1, 1))
+
+    def compile_all(found: list, expected: dict, deadline: float) -> list:
+        sample = script.sample
+        tried = {}
+        for candidate in found:
+            if candidate == wrong:
+                monkeypatch.setattr(script, "sample", lambda x: [1.1 * y for y in sample(x)])
+            tried[candidate] = script.try_candidate(candidate, expected[candidate[1]])
+            monkeypatch.setattr(script, "sample", sample)
+        assert {c: reason for c, reason in tried.items() if reason} == {wrong: "wrong results"}
+        return [c for c in found if not tried[c]]
+
+    monkeypatch.setattr(script, "compile_all", compile_all)
+    records = script.measure([32], minutes=1)
+    assert {record["kernel"] for record in records} == set(LAUNCHES)
+    assert not any(record["kernel"] == "reverse" and record["launch"] == vars(wrong[2]) for record in records)
+    for name, sizes in script.LAUNCHES.items():
+        fastest = next(record for record in records if record["kernel"] == name)
+        assert vars(sizes[32]) == fastest["launch"]
+        assert len(fastest["ms"]) == small["ROUNDS"]
+        assert f'"{name}": {{32: Launch({sizes[32].num_warps}, ' in script.table()
 
 
 @pytest.mark.gpu
