@@ -27,11 +27,13 @@ DRAFT = 16  # as many tokens at once, behind others, are still a matter of decod
 # erase gate's own ("tied"); a decay a channel or a head.
 GATES = {
     "carve": {"erase": "channel", "write": "head", "decay": "channel"},
+    "carve_value": {"erase": "channel", "write": "value", "decay": "channel"},
     "carve_blind": {"erase": "channel", "write": "head", "decay": "channel"},
     "gdn2": {"erase": "channel", "write": "value", "decay": "channel"},
     "kda": {"erase": "head", "write": "tied", "decay": "channel"},
     "gdn": {"erase": "head", "write": "tied", "decay": "head"},
 }
+SEEING = ("carve", "carve_value")  # those whose gates see the content
 
 
 class MixerState(NamedTuple):
@@ -180,9 +182,9 @@ class CarveMixer(nn.Module):
         num_v_heads: HV, value heads, a multiple of H; None for H.
         v_head_dim: V, value dimension of a head; None for K.
         conv_size: taps of the short convolution over q, k and v.
-        gates: `"carve"`; `"carve_blind"`, the same without content; or one of its rivals, which are memory-blind
-            too: `"gdn2"` (a write gate a value), `"kda"` (one scalar gate that erases and writes), `"gdn"` (the same,
-            and one decay a head).
+        gates: `"carve"`; `"carve_value"`, which has a write gate a value; `"carve_blind"`, which sees no content; or
+            one of the rivals, which do not either: `"gdn2"` (a write gate a value), `"kda"` (one scalar gate that
+            erases and writes), `"gdn"` (the same, and one decay a head).
         content: what the gates see of the memory: `"mean"` (the paper), `"read"` or None; see `carve.ops`.
         content_norm: `"rms"` or None.
         content_rank: R, rank of the content projections.
@@ -239,7 +241,7 @@ class CarveMixer(nn.Module):
             raise ValueError(f"content is {content!r}, but content_erase and content_write are both False")
         self.H, self.HV, self.K, self.V = num_heads, num_v_heads, head_dim, v_head_dim
         self.gates = GATES[gates]
-        self.content = content if gates == "carve" else None
+        self.content = content if gates in SEEING else None
         self.content_norm, self.chunk_size, self.allow_neg_eigval = content_norm, chunk_size, allow_neg_eigval
 
         key_size, value_size = num_heads * head_dim, num_v_heads * v_head_dim
@@ -299,7 +301,10 @@ class CarveMixer(nn.Module):
         }
         if self.p_down is not None:
             with torch.random.fork_rng(devices=[]):  # a layer without content draws the same numbers for all else
-                values["p_down"] = torch.empty(self.p_down.shape).normal_(std=self.V**-0.5)
+                seed = int(torch.randint(2**62, (), device="cpu"))
+            generator = torch.Generator().manual_seed(seed)
+            p_down = torch.empty(self.p_down.shape, device="cpu")
+            values["p_down"] = p_down.normal_(0, self.V**-0.5, generator=generator)
         if self.p_up is not None:
             values["p_up"] = torch.zeros(self.p_up.shape)
         if self.p_write is not None:
@@ -333,6 +338,8 @@ class CarveMixer(nn.Module):
         if self.gates["write"] == "value":
             assert w is not None
             v, w = w.sigmoid().view(v.shape) * v, None
+            if self.p_write is not None:  # what the content brings is a factor, the same for all values and 1 at first
+                v, w = 2 * v, x.new_zeros(B, T, HV)
 
         op = {"q": q, "k": k, "v": v, "g": g.expand(B, T, H, K), "e": e, "w": w, "qk_l2norm": True}
         op.update(chunk_size=self.chunk_size, allow_neg_eigval=self.allow_neg_eigval)

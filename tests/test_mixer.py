@@ -23,6 +23,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"content": "read", "content_erase": False, "content_write": True},
     {"content": None, "v_head_dim": 12},
     {"gates": "carve_blind"},
+    {"gates": "carve_value", "content": "read", "content_write": True, "num_v_heads": 4},
     {"gates": "gdn2"},
     {"gates": "kda", "num_v_heads": 4},
     {"gates": "gdn", "num_v_heads": 4, "allow_neg_eigval": True},
@@ -100,6 +101,8 @@ def test_the_layer_is_its_projections_and_the_recurrence(arguments: dict[str, An
         {"content_write": True},
         {"content": "read", "content_write": True},
         {"content": "read", "content_erase": False, "content_write": True},
+        {"gates": "carve_value"},
+        {"gates": "carve_value", "content": "read", "content_erase": False, "content_write": True},
     ],
 )
 def test_the_content_term_is_heard_once_its_projections_are_not_zero(arguments: dict[str, Any]) -> None:
@@ -129,6 +132,15 @@ def test_at_initialisation_the_layer_has_the_bits_of_the_memory_blind_one(
     assert not loaded.missing_keys
     x = inputs(2, T, dtype)
     assert torch.equal(layer(x)[0], blind(x)[0])
+
+
+@pytest.mark.parametrize("content_write", [False, True])
+def test_with_a_write_gate_a_value_the_layer_begins_as_gdn2(content_write: bool) -> None:
+    sizes = {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "v_head_dim": 6, "chunk_size": 4}
+    layer = CarveMixer(24, **sizes, gates="carve_value", content="read", content_write=content_write)
+    gdn2 = CarveMixer(24, **sizes, gates="gdn2")
+    assert not gdn2.load_state_dict(layer.state_dict(), strict=False).missing_keys
+    assert torch.equal(layer(inputs(2, 9, torch.float32))[0], gdn2(inputs(2, 9, torch.float32))[0])
 
 
 def test_with_one_seed_layers_with_and_without_content_begin_with_the_same_weights() -> None:
@@ -342,7 +354,7 @@ def test_initial_decay_is_of_the_stated_range(gates: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gates": "mamba"}, "gates is 'mamba', expected one of 'carve', 'carve_blind', 'gdn2', 'kda', 'gdn'"),
+        ({"gates": "mamba"}, "gates is 'mamba', expected one of 'carve', 'carve_value'"),
         ({"content": "max"}, "content is 'max', expected 'mean', 'read' or None"),
         ({"content_norm": "l2"}, "content_norm is 'l2', expected 'rms' or None"),
         ({"num_v_heads": 3}, "num_v_heads is 3, expected a multiple of num_heads = 2"),

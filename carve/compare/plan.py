@@ -15,6 +15,7 @@ import yaml
 
 from carve.evals.mixers import mixer_fields
 from carve.evals.probes.training import check_context
+from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
 from carve.train import TrainConfig
@@ -302,4 +303,4 @@ def is_recurrent(model: Mapping[str, Any]) -> bool:
 def has_content(model: Mapping[str, Any]) -> bool:
     """Whether the gates of some layer see the memory."""
     config = CarveConfig(**model)
-    return config.content is not None and "carve" in (config.layer_types or ())
+    return config.content is not None and not set(SEEING).isdisjoint(config.layer_types or ())

@@ -15,6 +15,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "carve-read-raw": READ | {"content_norm": None},
     "carve-read-erase": READ | {"content_write": False},
     "carve-read-write": READ | {"content_erase": False},
+    "carve-mean-value": MEAN | {"layer_types": ["carve_value"]},  # with a write gate a value
+    "carve-read-value": READ | {"layer_types": ["carve_value"]},
     "carve-blind": {"layer_types": ["carve"], "content": None},
     # -- its rivals --
     "gdn2": {"layer_types": ["gdn2"]},

@@ -31,9 +31,11 @@ class CarveConfig(PreTrainedConfig):
         v_head_dim: V, value dimension of a recurrent head; None for K.
         intermediate_size: width of the SwiGLU MLP.
         conv_size: taps of the short convolution.
-        layer_types: the token mixer of each block: `"carve"`; `"carve_blind"`, the same without content; its rivals
-            `"gdn2"`, `"kda"`, `"gdn"`; `"sliding_attention"`, `"full_attention"`. None for `"carve"` in all.
-        content: what the gates of `"carve"` layers see of the memory: `"mean"` (the paper), `"read"`, None.
+        layer_types: the token mixer of each block: `"carve"`; `"carve_value"`, with a write gate a value;
+            `"carve_blind"`, without content; the rivals `"gdn2"`, `"kda"`, `"gdn"`; `"sliding_attention"`,
+            `"full_attention"`. None for `"carve"` in all.
+        content: what the gates of `"carve"` and `"carve_value"` layers see of the memory: `"mean"` (the paper),
+            `"read"`, None.
         content_norm: norm of the projected content, `"rms"` or None.
         content_rank: R, rank of the content projections.
         content_erase, content_write: which gates see the content; one of the two at least.

@@ -28,7 +28,7 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"layer_types": ["carve", "rwkv"]}, "layer_types has 'rwkv', expected only 'carve', 'carve_blind', 'gdn2'"),
+        ({"layer_types": ["carve", "rwkv"]}, "layer_types has 'rwkv', expected only 'carve', 'carve_value'"),
         ({"layer_types": ["carve"]}, "layer_types has 1 entries, expected num_hidden_layers = 2"),
         ({"chunk_sise": 8}, "CarveConfig has no field 'chunk_sise'; did you mean 'chunk_size'?"),
         ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),

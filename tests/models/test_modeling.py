@@ -419,3 +419,13 @@ def test_documents_apart_by_padding_are_refused(kind: str) -> None:
             attention_mask=torch.tensor([[1, 1, 0, 1, 1]]),
             position_ids=torch.tensor([[0, 1, 0, 0, 1]]),
         )
+
+
+def test_no_two_weights_begin_with_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    model = CarveForCausalLM(tiny_config(["carve", "carve"], **READ, v_head_dim=24))
+    weights = {name: p.detach().flatten()[:96] for name, p in model.named_parameters() if p.numel() >= 96}
+    weights = {name: p for name, p in weights.items() if p.std() > 0}
+    assert sum(name.endswith("p_down") for name in weights) == 2
+    correlation = torch.corrcoef(torch.stack(list(weights.values()))).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.6

@@ -10,7 +10,7 @@ from carve import CarveConfig, CarveForCausalLM
 from tests.tolerances import tolerance
 
 VOCAB = 61
-ALL_LAYERS = ["carve", "gdn2", "kda", "gdn", "sliding_attention", "full_attention"]
+ALL_LAYERS = ["carve", "carve_value", "gdn2", "kda", "gdn", "sliding_attention", "full_attention"]
 READ = {"content": "read", "content_norm": None, "content_write": True}
 GROUPED = {"num_v_heads": 4, "v_head_dim": 6, "content_write": True, "chunk_size": 5}
 BLIND = {"content": None, "conv_size": 1, "allow_neg_eigval": True}
