@@ -263,21 +263,23 @@ def test_the_launch_table_can_be_measured_and_written(monkeypatch: pytest.Monkey
         assert f'"{name}": {{32: Launch({sizes[32].num_warps}, ' in script.table()
 
 
+SIZES = [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (16, 128), (128, 48), (64, 256), (256, 64)]
+SHAPES = [(K, V, content, "rms", "bfloat16") for K, V in SIZES for content in (None, "mean", "read")]
+SHAPES = [shape for shape in SHAPES if shape[2] == served(shape[2], max(shape[:2]))]
+SHAPES += [(128, 128, content, None, "bfloat16") for content in ("mean", "read")]
+SHAPES += [(K, V, content, "rms", "float16") for K, V in ((128, 128), (96, 96)) for content in (None, "mean", "read")]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("content", "norm"), CONTENTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(
-    ("K", "V"),
-    [(16, 16), (32, 32), (64, 64), (96, 96), (128, 128), (256, 256), (16, 128), (128, 48), (64, 256), (256, 64)],
-)
-def test_shapes_and_dtypes(content: str | None, norm: str | None, dtype: torch.dtype, K: int, V: int) -> None:
-    content, norm = served(content, max(K, V)), norm if content else None
-    assert_as_exact(draw([300, 211], K=K, V=V, dtype=dtype, content=content, norm=norm))
+@pytest.mark.parametrize(("K", "V", "content", "norm", "dtype"), SHAPES)
+def test_shapes_and_dtypes(K: int, V: int, content: str | None, norm: str | None, dtype: str) -> None:
+    norm = norm if content else None
+    assert_as_exact(draw([300, 211], K=K, V=V, dtype=getattr(torch, dtype), content=content, norm=norm))
 
 
 @pytest.mark.gpu
 @contents
-@pytest.mark.parametrize(("K", "V"), [(32, 32), (64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize(("K", "V"), [(32, 32), (128, 128)])
 def test_float32(content: str | None, K: int, V: int) -> None:
     content = served(content, max(K, V))
     arguments = draw([100, 90], K=K, V=V, dtype=torch.float32, content=content, started=True, decay="mixed")
@@ -286,7 +288,7 @@ def test_float32(content: str | None, K: int, V: int) -> None:
 
 @pytest.mark.gpu
 @contents
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128])
 def test_packed_sequences_with_grouped_heads_and_states(content: str | None, size: int) -> None:
     content = served(content, size)
     assert_as_exact(draw(LENGTHS, groups=2, grouped=True, K=size, V=size, R=7, content=content, started=True))
@@ -311,7 +313,7 @@ def test_gates_at_0_and_1(content: str | None) -> None:
 
 @pytest.mark.gpu
 @contents
-@pytest.mark.parametrize("C", [1, 5, 16, 17, 63, 100, 512])
+@pytest.mark.parametrize("C", [1, 16, 17, 100, 512])
 def test_chunk_sizes(content: str | None, C: int) -> None:
     assert_as_exact(draw([150 if C < 16 else 700], content=content, C=C, started=True, seed=C))
 
@@ -346,7 +348,7 @@ def assert_same_bits(found: tuple, expected: tuple) -> None:
 
 @pytest.mark.gpu
 @contents
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128])
 def test_same_bits_beside_another_kernel(content: str | None, size: int) -> None:
     content = served(content, size)
     arguments = draw(LENGTHS, groups=2, K=size, V=size, content=content, decay="mixed", started=True)
@@ -360,7 +362,7 @@ def test_same_bits_beside_another_kernel(content: str | None, size: int) -> None
 
 @pytest.mark.gpu
 @contents
-@pytest.mark.parametrize("size", [48, 128, 256])
+@pytest.mark.parametrize("size", [48, 128])
 def test_every_element_is_written(content: str | None, size: int, request: pytest.FixtureRequest) -> None:
     content = served(content, size)
     arguments = draw(LENGTHS, groups=2, K=size, V=size, content=content, started=True)
