@@ -229,6 +229,8 @@ def reverse_blocks(
             tl.store(at_down, tl.zeros([BV, BR], tl.float32), mask=down_held)
             if CONTENT == 1:
                 tl.store(d_content_sum + own * V + end_v, d_sum, mask=end_v < V)
+    if LOOP > 1:
+        tl.debug_barrier()  # a gradient in memory is stored by other threads than load it
     if CONTENT == 1:
         d_seen = tl.zeros([BR], tl.float32)
         if d_content_end is not None:
@@ -282,6 +284,7 @@ def reverse_blocks(
                     *(b_q_in, b_k_in, b_x, b_M, b_T, b_decay, is_strong),
                     *(v, states, edits, d_o, d_states, d_edits, HV, K, V, CONTENT, PRECISION),
                 )
+                tl.debug_barrier()
                 tl.store(at_S, dS_next, mask=tile_held)
                 rSt += t_rSt
                 rv += t_rv
@@ -371,7 +374,9 @@ def reverse_blocks(
                             at_S, tile_held = point_S(d_memory, own, t_v, K, V, BK)
                             down_low = load_down(p_down, head, t_v, R, V, BR).to(LOW)
                             dS_read = tl.dot(down_low, tl.trans(dZ_low), input_precision=PRECISION)
-                            tl.store(at_S, tl.load(at_S, mask=tile_held, other=0.0) + dS_read, mask=tile_held)
+                            dS_read += tl.load(at_S, mask=tile_held, other=0.0)
+                            tl.debug_barrier()
+                            tl.store(at_S, dS_read, mask=tile_held)
                         tl.debug_barrier()
                     dZ = dZ * 0.0
                     from_next, next_held = point_Z(contents, (chunk_slot + chunk - 1) * HV + head, R, K, BK, BR)

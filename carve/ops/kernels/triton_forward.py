@@ -513,6 +513,8 @@ def run_blocks(
             tl.store(to_S, St, mask=S_held)
             if CONTENT == 1:
                 tl.store(content_sum_end + own * V + begin_v, total, mask=begin_v < V)
+    if LOOP > 1:
+        tl.debug_barrier()  # a state in memory is stored by other threads than load it
     if CONTENT == 1:
         seen = tl.zeros([BR], tl.float32)
         if content is not None:
@@ -591,6 +593,7 @@ def run_blocks(
                     *(b_k_in, b_x, b_T, b_a, b_decay, is_strong),
                     *(q_in, M, v, o, states, edits, HV, K, V, PRECISION),
                 )
+                tl.debug_barrier()
                 tl.store(at_S, S_next, mask=tile_held)
                 if CONTENT == 1:
                     at_sum = content_sum_end + own * V + t_v
@@ -633,6 +636,7 @@ def run_blocks(
                             S_low = tl.load(at_S, mask=tile_held, other=0.0).to(LOW)
                             down_low = load_down(p_down, head, t_v, R, V, BR).to(LOW)
                             Z = tl.dot(tl.trans(S_low), down_low, Z, input_precision=PRECISION)
+                        tl.debug_barrier()
                     Z_low = Z.to(LOW)
                     if content_end is not None:
                         to_final, final_held = point_Z(content_end, own, R, K, BK, BR)
