@@ -161,10 +161,18 @@ def in_turns(found: list[Candidate], x: dict[str, Tensor], rounds: int) -> dict[
     return times
 
 
+def processes_with_room() -> int:
+    """How many processes of a forward and backward, as this one has made, the GPU's free memory holds."""
+    torch.cuda.empty_cache()
+    each = torch.cuda.max_memory_reserved() + 2**30  # a context and its code besides
+    return torch.cuda.mem_get_info()[0] // each
+
+
 def compile_all(found: list[Candidate], expected: dict[int, list[Tensor]], deadline: float) -> list[Candidate]:
     """Those that work, the present table's first."""
     right = [(name, size, LAUNCHES[name][size]) for name, size in dict.fromkeys((c[0], c[1]) for c in found)]
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), multiprocessing.get_context("spawn"))
+    processes = max(1, min((os.cpu_count() or 2) - 1, processes_with_room()))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     jobs = {pool.submit(try_candidate, c, expected[c[1]]): c for c in found if c not in right}
     try:
         for job in as_completed(jobs, timeout=max(1.0, deadline - time.monotonic())):
