@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +41,12 @@ KERNELS = {  # launches that a row of the table decides: the kernel, and GATED i
     "gated": ("run_blocks", True),
     "content": ("run_blocks", False),
     "reverse": ("reverse_blocks", None),
-    "gradients": ("differentiate_blocks", None),
+    "values": ("differentiate_values", None),
+    "keys": ("differentiate_keys", None),
 }
-WARPS = {32: (1, 2, 4), 64: (1, 2, 4, 8), 128: (2, 4, 8, 16), 256: (4, 8, 16)}
+WARPS = {32: (1, 2, 4), 64: (1, 2, 4, 8), 128: (1, 2, 4, 8, 16), 256: (2, 4, 8, 16)}
 STAGES = (1, 2, 3)
-TILES = {"gated": (32, 64, 128), "gradients": (32, 64, 128)}  # of V; the others take it whole up to 128, 64 beyond
+TILES = {"gated": (32, 64, 128), "keys": (32, 64, 128)}  # of V, of K; others take V whole up to 128, then 64
 FINAL, ROUNDS = 3, 7  # candidates of a row in the last round; turns
 TOLERANCE = 0.02  # of the norm: other tiles add up bfloat16 products in another order
 
@@ -54,7 +55,7 @@ Candidate = tuple[str, int, Launch]  # kernel, size, configuration
 
 def candidates(name: str, size: int) -> Iterator[Launch]:
     tiles = [tile for tile in TILES.get(name, ()) if tile <= size] or [256 if size < 256 else 64]
-    stages = (1,) if name == "prepare" else STAGES
+    stages = (1,) if name in ("prepare", "values", "keys") else STAGES
     for warps, stage, tile in itertools.product(WARPS[size], stages, tiles):
         if warps * 32 <= 8 * tile:  # fewer than four numbers of a tile a thread are none to work on
             yield Launch(warps, stage, tile)
@@ -76,16 +77,18 @@ def draw(size: int) -> dict[str, Tensor]:
 
 
 def run(x: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs and gradients."""
-    content = "read" if x["q"].shape[-1] <= LARGEST_READ else "mean"
-    o, _ = chunk_carve(**x, content=content, content_norm="rms", backend="triton")
-    weights = torch.sin(torch.arange(o.numel(), device=DEVICE)).view(o.shape)
-    return [o, *torch.autograd.grad((o.float() * weights).sum(), list(x.values()))]
+    """Outputs and gradients, of each content that the kernels serve."""
+    found = []
+    for content in ("mean", "read") if x["q"].shape[-1] <= LARGEST_READ else ("mean",):
+        o, _ = chunk_carve(**x, content=content, content_norm="rms", backend="triton")
+        weights = torch.sin(torch.arange(o.numel(), device=DEVICE)).view(o.shape)
+        found += [o.detach(), *torch.autograd.grad((o.float() * weights).sum(), list(x.values()))]
+    return found
 
 
 def sample(x: dict[str, Tensor]) -> list[Tensor]:
     """Some numbers of each output and gradient, on the CPU."""
-    return [y.detach().flatten()[:: max(1, y.numel() // 20_000)].float().cpu() for y in run(x)]
+    return [y.flatten()[:: max(1, y.numel() // 20_000)].float().cpu() for y in run(x)]
 
 
 @contextmanager
@@ -116,48 +119,45 @@ def try_candidate(candidate: Candidate, expected: list[Tensor]) -> str | None:
     return None if right else "wrong results"
 
 
-def launches_of(name: str, x: dict[str, Tensor]) -> list[Callable[[], None]]:
-    """The launches that a row of the table decides, of one forward and backward, to be made again."""
+def milliseconds(candidate: Candidate, x: dict[str, Tensor]) -> float:
+    """What the launches that a row of the table decides take together, of one forward and backward of each content."""
+    name, plain, marks = candidate[0], Plan.launch, []
     kernel_name, gated = KERNELS[name]
-    plain, found = Plan.launch, []
 
     def launch(plan: Plan, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        begin = mark()
         plain(plan, kernel, programs, *arguments, **constants)
         if kernel.__name__ == kernel_name and gated in (None, constants.get("GATED")):
-            found.append(lambda: plain(plan, kernel, programs, *arguments, **constants))
+            marks.append((begin, mark()))
 
     Plan.launch = launch  # type: ignore[method-assign]
     try:
-        run(x)
+        with launching(*candidate):
+            if DEVICE == "cuda":
+                torch.cuda._sleep(10_000_000)  # or the first kernels would wait for their launches
+            run(x)
     finally:
         Plan.launch = plain  # type: ignore[method-assign]
-    return found
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
     if DEVICE == "cpu":
-        begin = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - begin)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)  # so that the launch itself is not waited for
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+        return sum(end - begin for begin, end in marks)
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in marks)
+
+
+def mark() -> Any:
+    if DEVICE == "cpu":
+        return 1e3 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def in_turns(found: list[Candidate], x: dict[str, Tensor], rounds: int) -> dict[Candidate, list[float]]:
-    """Milliseconds of each round, of the launches of one forward and backward."""
-    calls = {}
-    for candidate in found:
-        with launching(*candidate):
-            calls[candidate] = launches_of(candidate[0], x)
+    """Milliseconds in each round."""
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in found}
     for _ in range(rounds):
-        for candidate, launches in calls.items():
-            times[candidate].append(sum(milliseconds(launch) for launch in launches))
+        for candidate in found:
+            times[candidate].append(milliseconds(candidate, x))
     return times
 
 

@@ -23,9 +23,9 @@ from carve.ops.state import CarveState, each
 STEP, LARGEST = 16, 256  # K and V are multiples of STEP up to LARGEST
 LARGEST_READ, RANK = 128, 32  # of K and V with "read", and of R: beyond, results on a GPU were wrong
 LONGEST = 2**30  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
-BLOCK, FIELDS = 16, 3  # as in triton_forward.py
+BLOCK, FIELDS, SHARE = 16, 3, 16  # as in triton_forward.py
 ROOM = 160 * 1024  # bytes of shared memory with which loads can run ahead of their use
-RUN = 64  # blocks whose share of the projections' gradients one program adds up
+RUN, RUN_CHUNKS = 64, 16  # blocks, chunks whose share of the projections' gradients one program adds up
 LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Tensors = List[Tensor]  # noqa: UP006 (PyTorch 2.6 knows no other name of it in an operator)
@@ -37,7 +37,7 @@ class Launch:
 
     num_warps: int
     num_stages: int = 1
-    tile: int = 256  # largest number of columns of V that a program has, or takes at a time
+    tile: int = 256  # largest number of columns of V (of K for "keys") that a program has, or takes at a time
 
 
 # For padded sizes, the larger one of K and V, up to each. benchmarks/triton_table.py measures it.
@@ -46,7 +46,8 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "gated": {32: Launch(1, 2), 64: Launch(4, 2, 64), 128: Launch(4, 2, 64), 256: Launch(8, 1, 64)},
     "content": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
     "reverse": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
-    "gradients": {32: Launch(1, 1, 32), 64: Launch(4, 1, 64), 128: Launch(8, 1, 64), 256: Launch(8, 1, 32)},
+    "values": {32: Launch(1), 64: Launch(1), 128: Launch(1), 256: Launch(2)},
+    "keys": {32: Launch(1, 1, 32), 64: Launch(4, 1, 64), 128: Launch(4, 1, 64), 256: Launch(8, 1, 64)},
 }
 
 
@@ -130,7 +131,9 @@ class Plan:
         }
         self.heads = {"H_g": x.g.shape[2], "H_e": x.e.shape[2]}
         self.blocks = x.v.new_zeros(self.slots, FIELDS, dtype=torch.int64)
-        self.launch(triton_forward.list_blocks, x.sequences, x.bounds, x.position, self.blocks, T, chunk_size, STEP=128)
+        self.starts = None if kind == "blind" else x.v.new_zeros(self.chunks, dtype=torch.int64)
+        lists = (x.bounds, x.position, self.blocks, self.starts)
+        self.launch(triton_forward.list_blocks, x.sequences, *lists, T, chunk_size, STEP=128)
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         where: ContextManager = torch.cuda.device(self.x.v.device) if self.x.v.is_cuda else contextlib.nullcontext()
@@ -141,7 +144,7 @@ class Plan:
     def options(self, name: str) -> Launch:
         sizes = LAUNCHES[name]
         how = sizes[next(size for size in sizes if max(self.BK, self.BV) <= size)]
-        tile = min(how.tile, self.BV)
+        tile = min(how.tile, self.BK if name == "keys" else self.BV)
         # loads may not run ahead of the stores of a state that lies in memory, nor where there is no room for them
         in_memory = tile < self.BV and name in ("content", "reverse")
         one = in_memory or self.low == torch.float32 or shared_room(self.x.v.device) < ROOM
@@ -163,23 +166,25 @@ class Prepared:
         x, K, how = plan.x, plan.K, plan.options("prepare")
         self.q_in, self.x, self.k_in = (plan.scratch(BLOCK, K) for _ in range(3))
         self.M, self.decay = plan.scratch(BLOCK, BLOCK, wide=True), plan.scratch(K, wide=True)
-        self.strong = plan.blocks.new_empty(plan.slots, plan.HV, dtype=torch.int32)
+        self.strong = plan.blocks.new_zeros(plan.slots, plan.HV, dtype=torch.int32)
         self.T = plan.scratch(BLOCK, BLOCK, wide=True) if gated else None
         self.a = plan.scratch(BLOCK, wide=True) if gated else None
         self.slope = plan.scratch(BLOCK, K) if sloped else None
         written = [self.q_in, self.x, self.k_in, self.M, self.decay, self.strong, self.T, self.a, self.slope]
-        plan.launch(
-            triton_forward.prepare,
-            plan.slots * plan.HV,
-            *(x.q, x.k, x.g, x.e, x.w, x.p_up, x.p_write, contents, plan.blocks),
-            *written,
-            *(scale, top, x.rank),
-            GATED=gated,
-            **plan.heads,
-            **plan.constants,
-            num_warps=how.num_warps,
-            num_stages=how.num_stages,
-        )
+        for strong in (False, True):
+            plan.launch(
+                triton_forward.prepare,
+                -(-plan.slots // (SHARE if strong else 1)) * plan.HV,
+                *(x.q, x.k, x.g, x.e, x.w, x.p_up, x.p_write, contents, plan.blocks),
+                *written,
+                *(scale, top, x.rank, plan.slots),
+                GATED=gated,
+                STRONG=strong,
+                **plan.heads,
+                **plan.constants,
+                num_warps=how.num_warps,
+                num_stages=how.num_stages,
+            )
 
     @property
     def for_run(self) -> list[Tensor | None]:
@@ -327,19 +332,19 @@ def backward(
 
     # -- the gradient of the state, from the last block to the first --
     d_states, d_edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
-    d_sums = torch.empty_like(means)
-    written = [y if y.numel() else None for y in (outputs[6], *outputs[9:])]
+    d_sums, d_contents = torch.empty_like(means), torch.empty_like(contents)
+    written = [y if y.numel() else None for y in outputs[6:]]
     how = plan.options("gated" if blind else "reverse")
     if how.tile < plan.BV and not blind and memory is None:  # where the kernel keeps its state
-        written[1:] = [x.g.new_empty(shape) for shape in x.state_shapes(kind)]
+        written = [x.g.new_empty(shape) for shape in x.state_shapes(kind)]
     constants = {name: y for name, y in (plan.constants | plan.heads).items() if name != "H_e"}
     plan.launch(
         triton_backward.reverse_blocks,
         x.sequences * plan.HV * (-(-V // how.tile) if blind else 1),
         *(x.k, x.v, x.g, x.p_down, x.p_up, x.p_write, x.bounds, x.position),
         *prepared.for_run,
-        *(prepared.slope, states, edits, contents, means, do, d_memory, d_content, d_content_sum),
-        *(d_states, d_edits, d_sums, *written),
+        *(prepared.slope, states, edits, contents, do, d_memory, d_content, d_content_sum),
+        *(d_states, d_edits, d_sums, d_contents, *written),
         *(x.rank, plan.T, plan.C),
         V=V,
         BV=how.tile,
@@ -348,34 +353,61 @@ def backward(
         num_warps=how.num_warps,
         num_stages=how.num_stages,
     )
-    a = prepared.a
+    strong, a = prepared.strong, prepared.a
     del prepared
 
     # -- every block on its own --
-    how = plan.options("gradients")
-    z = plan.scratch(BLOCK, x.rank, wide=True)
     dq, dk, dv, dg, de, dw = (y if y.numel() else None for y in outputs[:6])
+    dA, dM = (plan.scratch(BLOCK, BLOCK, wide=True) for _ in range(2))
+    how = plan.options("values")
     plan.launch(
-        triton_backward.differentiate_blocks,
+        triton_backward.differentiate_values,
         plan.slots * plan.HV,
-        *(x.q, x.k, x.v, x.g, x.e, x.p_up, x.p_write, contents, plan.blocks),
-        *(a, states, edits, do, d_states, d_edits, d_sums),
-        *(dq, dk, dv, dg, de, dw, z),
-        *(scale, top, x.rank),
+        *(x.v, plan.blocks, a, edits, do, d_edits, d_sums),
+        *(dv, dw, dA, dM),
         V=V,
-        BV=how.tile,
-        STAGES=how.num_stages,
-        **plan.heads,
-        **plan.constants,
+        BV=plan.BV,
+        **{name: plan.constants[name] for name in ("HV", "CONTENT", "PRECISION")},
         num_warps=how.num_warps,
         num_stages=how.num_stages,
     )
-    del states, edits, d_states, d_edits
-    d_up, d_write = outputs[7:9]
+    how = plan.options("keys")
+    z = plan.scratch(BLOCK, x.rank, wide=True)
+    tile = plan.BK if kind == "read" else how.tile
+    for is_strong in (False, True):
+        plan.launch(
+            triton_backward.differentiate_keys,
+            -(-plan.slots // (SHARE if is_strong else 1)) * plan.HV * -(-K // tile),
+            *(x.q, x.k, x.g, x.e, x.p_up, x.p_write, contents, plan.blocks, strong),
+            *(states, edits, do, d_states, d_edits, d_sums, dA, dM, dw),
+            *(dq, dk, dg, de, z),
+            *(scale, top, x.rank, plan.slots),
+            V=V,
+            BV=plan.BV,
+            TILE=tile,
+            STRONG=is_strong,
+            **plan.heads,
+            **plan.constants,
+            num_warps=how.num_warps,
+            num_stages=how.num_stages,
+        )
+    projections = [x.g.new_empty(0) for _ in range(3)]
     if not blind:
+        tile, runs = min(plan.BV, 64), -(-plan.chunks // RUN_CHUNKS)
+        d_down = x.g.new_empty(runs, plan.HV, V, x.rank)
+        names = ["HV", "K", "BK", "BR", "CONTENT", "PRECISION"]
+        plan.launch(
+            triton_backward.sum_down,
+            runs * plan.HV * -(-V // tile),
+            *(plan.starts, means, states, d_contents, d_down, x.rank, plan.chunks),
+            V=V,
+            BV=tile,
+            RUN=RUN_CHUNKS,
+            **{name: plan.constants[name] for name in names},
+        )
         runs = -(-plan.slots // RUN)
         d_up, d_write = x.g.new_empty(runs, plan.HV, x.rank, K), x.g.new_empty(runs, plan.HV, x.rank)
-        names = ("HV", "K", "BK", "BR", "PRECISION")
+        names.remove("CONTENT")
         plan.launch(
             triton_backward.sum_projections,
             runs * plan.HV,
@@ -384,26 +416,27 @@ def backward(
             LOW=tl.float32 if plan.low == torch.float32 else tl.bfloat16,
             **{name: plan.constants[name] for name in names},
         )
+        projections = [dy.sum(0) for dy in (d_down, d_up, d_write)]
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
-    projections = [dy.sum(0) if dy.numel() else dy for dy in (outputs[6], d_up, d_write)]
-    return [*heads, outputs[5], *projections, *outputs[9:]]
+    return [*heads, outputs[5], *projections, *outputs[6:]]
 
 
 def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
-    """What the backward kernels write: [B, T, HV, ...] for tokens, [N, HV, ...] for projections and the state."""
-    (B, T, HV, V), K, N, R = x.v.shape, x.q.shape[3], x.sequences, x.rank
+    """What the backward kernels write: [B, T, HV, ...] for tokens, [N, HV, ...] for the state."""
+    (B, T, HV, V), K = x.v.shape, x.q.shape[3]
     tokens = [y.new_empty(B, T, HV, V if y is x.v else K) for y in x[:5] if y is not None]
     tokens.append(x.g.new_empty((B, T, HV) if x.w is not None else 0))
-    projections = [x.g.new_empty(N, HV, *shape) for shape in ((V, R), (R, K), (R,))]
-    return [*tokens, *projections, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
+    return [*tokens, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
 
 
 @backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     x, begun, kind = Inputs(*arguments[:11]), arguments[11] is not None, arguments[18]
-    written = allocate_gradients(x, kind, begun)
+    written, (HV, V), K, R = allocate_gradients(x, kind, begun), x.v.shape[2:], x.q.shape[3], x.rank
     heads = [torch.empty_like(y) for y in x[:5] if y is not None]
-    return [*heads, written[5], *(dy[0] if dy.numel() else dy for dy in written[6:9]), *written[9:]]
+    shapes = [0] * 3 if kind == "blind" else [(HV, V, R), (HV, R, K), (HV, R)]
+    projections = [x.g.new_empty(shape) for shape in shapes]
+    return [*heads, written[5], *projections, *written[6:]]
 
 
 def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ that of the running sum added), r = a v - (b k exp G) S, and dS the gradient of 
 
     differentiate_blocks  one program a block and value head: gradients of all inputs
     sum_projections       gradients of P_up and p_write, over runs of blocks
+    sum_down              gradient of P_down, over runs of chunks
 
 In reverse_blocks the content needs the gradient of the erase gates too, from
 
@@ -25,14 +26,16 @@ import triton.language as tl
 from carve.ops.kernels.triton_forward import (
     FIELDS,
     GONE,
-    MILD,
+    SHARE,
     across,
+    any_block,
     count_blocks,
     find_block,
     find_sequence,
     first_chunk,
     first_slot,
     half_decays,
+    has_block,
     load_down,
     load_up,
     load_write,
@@ -56,16 +59,15 @@ def strong_rows(P, kt, gt, LOW: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def point_down(d_p_down, own, o_v, R, V: tl.constexpr, BR: tl.constexpr):
-    """Rows o_v of the gradient of P_down `[V, R]` in row `own`, as `[BV, BR]` pointers, and which of them hold."""
-    o_r = tl.arange(0, BR)[None, :]
-    return d_p_down + (own * V + o_v[:, None]) * R + o_r, (o_v < V)[:, None] & (o_r < R)
-
-
-@triton.jit
-def add_down(d_p_down, own, o_v, y, R, V: tl.constexpr, BR: tl.constexpr):
-    at, held = point_down(d_p_down, own, o_v, R, V, BR)
-    tl.store(at, tl.load(at, mask=held, other=0.0) + y, mask=held)
+def add_up(x, which, LOW: tl.constexpr, WIDE: tl.constexpr):
+    """sum_j x_j over the j that `which` `[16 (j), 16 (i)]` names for i. A scan would leave the products' layout."""
+    ones = tl.where(which, 1.0, 0.0).to(LOW)
+    if ones.dtype == tl.float32:
+        return tl.dot(x, ones, input_precision=WIDE)
+    high = x.to(LOW)  # three bfloat16 hold a float32
+    rest = x - high.to(tl.float32)
+    middle = rest.to(LOW)
+    return tl.dot((rest - middle.to(tl.float32)).to(LOW), ones, tl.dot(middle, ones, tl.dot(high, ones)))
 
 
 @triton.jit
@@ -155,7 +157,6 @@ def reverse_blocks(
     states,
     edits,
     contents,
-    means,
     d_o,
     d_memory_end,
     d_content_end,
@@ -163,7 +164,7 @@ def reverse_blocks(
     d_states,
     d_edits,
     d_sums,
-    d_p_down,
+    d_contents,
     d_memory,
     d_content,
     d_content_sum,
@@ -185,8 +186,8 @@ def reverse_blocks(
     STAGES: tl.constexpr,
 ):
     """Writes d_states, dS^T behind each block, and d_edits, its dr, shaped like states and edits; for "mean" d_sums,
-    what the next chunk's content adds to the gradient of a chunk's outputs (`[chunks, HV, V]`); d_p_down of each
-    sequence; and, if given, the gradient of the state before the first token.
+    what the next chunk's content adds to the gradient of a chunk's outputs (`[chunks, HV, V]`); d_contents, shaped like
+    contents, of all chunks but each sequence's first; and, if given, the gradient of the state before the first token.
 
     Memory-blind, tiles of BV columns of V are programs of their own. Else a program has all of V: in registers if that
     is one tile, else tile by tile in d_memory and d_content_sum, which then must be given.
@@ -225,8 +226,6 @@ def reverse_blocks(
         if LOOP > 1:
             to_S, S_held = point_S(d_memory, own, end_v, K, V, BK)
             tl.store(to_S, dSt, mask=S_held)
-            at_down, down_held = point_down(d_p_down, own, end_v, R, V, BR)
-            tl.store(at_down, tl.zeros([BV, BR], tl.float32), mask=down_held)
             if CONTENT == 1:
                 tl.store(d_content_sum + own * V + end_v, d_sum, mask=end_v < V)
     if LOOP > 1:
@@ -247,7 +246,6 @@ def reverse_blocks(
         Z_low = tl.load(from_Z, mask=Z_held & (o_r < tl.minimum(blocks, 1) * R)[None, :], other=0.0).to(LOW)
     if CONTENT > 0 and LOOP == 1:
         down = load_down(p_down, head, o_v, R, V, BR)
-        d_down = tl.zeros([BV, BR], tl.float32)
 
     for back in tl.range(0, blocks, num_stages=STAGES):
         i = blocks - 1 - back
@@ -318,7 +316,7 @@ def reverse_blocks(
                     z, root = norm_mean(seen, R, RMS)
                     dz = z * 0.0
                     if p_up is not None:
-                        dz = tl.sum(load_up(p_up, head, R, K, BK, BR) * d_erase[None, :], 1)
+                        dz = tl.sum(load_up(p_up, head, o_k, R, K, BR) * d_erase[None, :], 1)
                     if p_write is not None:
                         dz += load_write(p_write, head, R, BR) * d_write
                     if RMS:
@@ -328,16 +326,13 @@ def reverse_blocks(
                     d_write = d_write * 0.0
                     if chunk > 0:
                         before = (chunk_slot + chunk - 1) * HV + head
+                        tl.store(d_contents + (before + HV) * R + o_r, d_seen, mask=r_held)
                         if LOOP == 1:
-                            mean = tl.load(means + before * V + o_v, mask=o_v < V, other=0.0)
-                            d_down += mean[:, None] * d_seen[None, :]
                             d_sum = tl.sum(down * d_seen[None, :], 1) / C
                             tl.store(d_sums + before * V + o_v, d_sum, mask=o_v < V)
                         else:
                             for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
                                 t_v = tile * BV + o_v
-                                mean = tl.load(means + before * V + t_v, mask=t_v < V, other=0.0)
-                                add_down(d_p_down, own, t_v, mean[:, None] * d_seen[None, :], R, V, BR)
                                 t_sum = tl.sum(load_down(p_down, head, t_v, R, V, BR) * d_seen[None, :], 1) / C
                                 tl.store(d_sums + before * V + t_v, t_sum, mask=t_v < V)
                                 tl.store(d_content_sum + own * V + t_v, t_sum, mask=t_v < V)
@@ -349,7 +344,7 @@ def reverse_blocks(
                 zt, roots = read_memory(b_k, Z_low, R, RMS, PRECISION)
                 dzt = zt * 0.0
                 if p_up is not None:
-                    up = load_up(p_up, head, R, K, BK, BR).to(LOW)
+                    up = load_up(p_up, head, o_k, R, K, BR).to(LOW)
                     dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
                 if p_write is not None:
                     dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
@@ -358,19 +353,15 @@ def reverse_blocks(
                 dzt = dzt * roots[None, :]
                 dZ = tl.dot(tl.trans(b_k), tl.trans(dzt.to(LOW)), dZ, input_precision=PRECISION)
                 if (token == start) & (chunk > 0):
+                    before = (chunk_slot + chunk - 1) * HV + head
+                    to_dZ, dZ_held = point_Z(d_contents, before + HV, R, K, BK, BR)
+                    tl.store(to_dZ, dZ, mask=dZ_held)
                     dZ_low = dZ.to(LOW)
                     if LOOP == 1:
-                        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
-                        b_S = tl.load(states + o_saved, mask=(o_v < V)[:, None] & k_held[None, :], other=0.0)
-                        d_down = tl.dot(b_S, dZ_low, d_down, input_precision=PRECISION)
                         dSt = tl.dot(down.to(LOW), tl.trans(dZ_low), dSt, input_precision=PRECISION)
                     else:
                         for tile in tl.range(LOOP, num_stages=1, loop_unroll_factor=1):
                             t_v = tile * BV + o_v
-                            o_saved = at * (V * K) + t_v[:, None] * K + o_k[None, :]
-                            b_S = tl.load(states + o_saved, mask=(t_v < V)[:, None] & k_held[None, :], other=0.0)
-                            t_down = tl.dot(b_S, dZ_low, input_precision=PRECISION)
-                            add_down(d_p_down, own, t_v, t_down, R, V, BR)
                             at_S, tile_held = point_S(d_memory, own, t_v, K, V, BK)
                             down_low = load_down(p_down, head, t_v, R, V, BR).to(LOW)
                             dS_read = tl.dot(down_low, tl.trans(dZ_low), input_precision=PRECISION)
@@ -379,13 +370,10 @@ def reverse_blocks(
                             tl.store(at_S, dS_read, mask=tile_held)
                         tl.debug_barrier()
                     dZ = dZ * 0.0
-                    from_next, next_held = point_Z(contents, (chunk_slot + chunk - 1) * HV + head, R, K, BK, BR)
+                    from_next, next_held = point_Z(contents, before, R, K, BK, BR)
                     Z_low = tl.load(from_next, mask=next_held, other=0.0).to(LOW)
 
-    # -- gradients of the state before the first token, and of P_down --
-    if CONTENT > 0 and LOOP == 1:
-        at_first, first_held = point_down(d_p_down, own, o_v, R, V, BR)
-        tl.store(at_first, d_down, mask=first_held)
+    # -- gradient of the state before the first token --
     if d_memory is not None:
         if LOOP == 1:
             to_first, S_first_held = point_S(d_memory, own, o_v, K, V, BK)
@@ -399,34 +387,93 @@ def reverse_blocks(
             tl.store(to_Z, dZ, mask=to_Z_held)
 
 
-@triton.jit(do_not_specialize=["R"])
-def differentiate_blocks(
+@triton.jit
+def load_outputs(
+    d_o, d_sums, blocks, i, head, o_token, held, o_v, HV: tl.constexpr, V: tl.constexpr, CONTENT: tl.constexpr
+):
+    """The gradient of the outputs of block i, `[16, BV]`; for "mean" with what the next chunk's content adds."""
+    d = tl.load(d_o + o_token, mask=held, other=0.0)
+    if CONTENT == 1:
+        chunk = tl.load(blocks + i * FIELDS + 2) * HV + head
+        d = d.to(tl.float32) + tl.load(d_sums + chunk * V + o_v, mask=o_v < V, other=0.0)[None, :]
+    return d
+
+
+@triton.jit
+def differentiate_values(
+    v,
+    blocks,
+    a,
+    edits,
+    d_o,
+    d_edits,
+    d_sums,
+    dv,
+    dw,
+    dA,
+    dM,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    CONTENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes dv, dw (fp32), and the products over V: dA and dM, `[slots, HV, 16, 16]` fp32, dM with its diagonal."""
+    i = (tl.program_id(0) // HV).to(tl.int64)
+    head = tl.program_id(0) % HV
+    token, count = tl.load(blocks + i * FIELDS), tl.load(blocks + i * FIELDS + 1)
+    if count == 0:
+        return
+    at = i * HV + head
+    rows, o_v = tl.arange(0, 16), tl.arange(0, BV)
+    r, c = rows[:, None], rows[None, :]
+    kept, v_held = rows < count, o_v < V
+    o_token = (token * HV + head) * V + rows[:, None] * (HV * V) + o_v[None, :]
+    o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
+    held = kept[:, None] & v_held[None, :]
+    b_edit = tl.load(edits + o_edit, mask=v_held[None, :], other=0.0)
+    b_dr = tl.load(d_edits + o_edit, mask=v_held[None, :], other=0.0)
+    b_d = load_outputs(d_o, d_sums, blocks, i, head, o_token, held, o_v, HV, V, CONTENT).to(b_edit.dtype)
+    o_16 = at * 256 + r * 16 + c
+    tl.store(dA + o_16, tl.where(r > c, -tl.dot(b_dr, tl.trans(b_edit), input_precision=PRECISION), 0.0))
+    tl.store(dM + o_16, tl.where(r >= c, tl.dot(b_d, tl.trans(b_edit), input_precision=PRECISION), 0.0))
+    b_a = tl.load(a + at * 16 + rows)
+    wide_dr = b_dr.to(tl.float32)
+    tl.store(dv + o_token, (wide_dr * b_a[:, None]).to(dv.dtype.element_ty), mask=held)
+    if dw is not None:
+        da = tl.sum(wide_dr * tl.load(v + o_token, mask=held, other=0.0).to(tl.float32), 1)
+        tl.store(dw + (token + rows) * HV + head, da * b_a * (1 - b_a), mask=kept)
+
+
+@triton.jit(do_not_specialize=["R", "slots"])
+def differentiate_keys(
     q,
     k,
-    v,
     g,
     e,
     p_up,
     p_write,
     contents,
     blocks,
-    a,
+    strong,
     states,
     edits,
     d_o,
     d_states,
     d_edits,
     d_sums,
+    dA,
+    dM,
+    dw,
     dq,
     dk,
-    dv,
     dg,
     de,
-    dw,
     z_all,
     scale,
     top,
     R,
+    slots,
     H: tl.constexpr,
     HV: tl.constexpr,
     H_g: tl.constexpr,
@@ -436,148 +483,137 @@ def differentiate_blocks(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BR: tl.constexpr,
+    TILE: tl.constexpr,
     CONTENT: tl.constexpr,
     RMS: tl.constexpr,
+    STRONG: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Writes the gradients `[B, T, HV, ...]` (dg, dw fp32), and z_all, each token's content `[slots, HV, 16, R]`."""
-    i = tl.program_id(0) // HV
-    head = tl.program_id(0) % HV
-    at_block = blocks + i.to(tl.int64) * FIELDS
-    token, count = tl.load(at_block), tl.load(at_block + 1)
-    if count == 0:
+    """Writes dq, dk, dg (fp32), de `[B, T, HV, K]`, and z_all, each token's content `[slots, HV, 16, R]`.
+
+    Strong blocks: as in `prepare`. Tiles of K, of TILE channels, are programs of their own, but for "read", as the
+    gradient of its content is a sum over K.
+    """
+    TILES: tl.constexpr = (K + TILE - 1) // TILE
+    head = tl.program_id(0) // TILES % HV
+    tile = tl.program_id(0) % TILES
+    first = tl.program_id(0) // (HV * TILES) * (SHARE if STRONG else 1)
+    if not any_block(first, head, blocks, strong, slots, HV, STRONG):
         return
     LOW: tl.constexpr = states.dtype.element_ty
-    at = i.to(tl.int64) * HV + head
-    rows, o_k = tl.arange(0, 16), tl.arange(0, BK)
-    o_r = tl.arange(0, BR)
+    rows, o_v, o_r = tl.arange(0, 16), tl.arange(0, BV), tl.arange(0, BR)
     r, c = rows[:, None], rows[None, :]
-    kept = rows < count
-    held = (o_k < K)[:, None] & kept[None, :]
+    for j in tl.range(0, SHARE if STRONG else 1, num_stages=1, loop_unroll_factor=1):
+        i = (first + j).to(tl.int64)
+        at = i * HV + head
+        if has_block(i, at, blocks, strong, slots, STRONG):
+            token, count = tl.load(blocks + i * FIELDS), tl.load(blocks + i * FIELDS + 1)
+            kept, v_held = rows < count, o_v < V
 
-    # -- products over V --
-    dqt = tl.zeros([BK, 16], tl.float32)  # d S^T
-    dbt = tl.zeros([BK, 16], tl.float32)  # dr S^T
-    d_out = tl.zeros([BK, 16], tl.float32)  # v_new dS^T: the gradient of k exp(G_16 - G)
-    dA = tl.zeros([16, 16], tl.float32)
-    dM = tl.zeros([16, 16], tl.float32)
-    da = tl.zeros([16], tl.float32)
-    kept_state = tl.zeros([BK], tl.float32)  # sum_v S dS
-    b_a = tl.load(a + at * 16 + rows)
-    for first in tl.range(0, V, BV, num_stages=STAGES):
-        o_v = first + tl.arange(0, BV)
-        v_held = o_v < V
-        t_held = v_held[:, None] & kept[None, :]
-        o_token = (token * HV + head) * V + rows[None, :] * (HV * V) + o_v[:, None]
-        o_edit = at * (16 * V) + rows[None, :] * V + o_v[:, None]
-        o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
-        S_held = v_held[:, None] & (o_k < K)[None, :]
-        b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
-        b_dS = tl.load(d_states + o_saved, mask=S_held, other=0.0)
-        b_edit = tl.load(edits + o_edit, mask=v_held[:, None], other=0.0)
-        b_dr = tl.load(d_edits + o_edit, mask=v_held[:, None], other=0.0)
-        b_d = tl.load(d_o + o_token, mask=t_held, other=0.0)
-        if CONTENT == 1:
-            chunk = tl.load(at_block + 2) * HV + head
-            d_sum = tl.load(d_sums + chunk * V + o_v, mask=v_held, other=0.0)
-            b_d = (b_d.to(tl.float32) + d_sum[:, None]).to(LOW)
-        b_d = b_d.to(LOW)
-        dqt = tl.dot(tl.trans(b_S), b_d, dqt, input_precision=PRECISION)
-        dbt = tl.dot(tl.trans(b_S), b_dr, dbt, input_precision=PRECISION)
-        d_out = tl.dot(tl.trans(b_dS), b_edit, d_out, input_precision=PRECISION)
-        dA = tl.dot(tl.trans(b_dr), b_edit, dA, input_precision=PRECISION)
-        dM = tl.dot(tl.trans(b_d), b_edit, dM, input_precision=PRECISION)
-        kept_state += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 0)
-        wide_dr = b_dr.to(tl.float32)
-        b_v = tl.load(v + o_token, mask=t_held, other=0.0).to(tl.float32)
-        da += tl.sum(wide_dr * b_v, 0)
-        tl.store(dv + o_token, (wide_dr * b_a[None, :]).to(dv.dtype.element_ty), mask=t_held)
-    diagonal = tl.sum(tl.where(r == c, dM, 0.0), 0)  # apart: it does not depend on g
-    dA = tl.where(r > c, -dA, 0.0)
-    dM = tl.where(r > c, dM, 0.0)
+            # -- products with states --
+            o_edit = at * (16 * V) + rows[:, None] * V + o_v[None, :]
+            o_token = (token * HV + head) * V + rows[:, None] * (HV * V) + o_v[None, :]
+            t_held = kept[:, None] & v_held[None, :]
+            b_d = load_outputs(d_o, d_sums, blocks, i, head, o_token, t_held, o_v, HV, V, CONTENT).to(LOW)
+            b_edit = tl.load(edits + o_edit, mask=v_held[None, :], other=0.0)
+            b_dr = tl.load(d_edits + o_edit, mask=v_held[None, :], other=0.0)
+            o_k = tile * TILE + tl.arange(0, TILE)
+            held = (o_k < K)[:, None] & kept[None, :]
+            o_saved = at * (V * K) + o_v[:, None] * K + o_k[None, :]
+            S_held = v_held[:, None] & (o_k < K)[None, :]
+            b_S = tl.load(states + o_saved, mask=S_held, other=0.0)
+            b_dS = tl.load(d_states + o_saved, mask=S_held, other=0.0)
+            dqt = tl.dot(tl.trans(b_S), tl.trans(b_d), input_precision=PRECISION)  # d S^T
+            dbt = tl.dot(tl.trans(b_S), tl.trans(b_dr), input_precision=PRECISION)  # dr S^T
+            d_out = tl.dot(tl.trans(b_dS), tl.trans(b_edit), input_precision=PRECISION)  # gradient of k exp(G_16 - G)
+            kept_state = tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 0)
 
-    # -- decays and gates, as in the forward --
-    o_key = (token * H + head // (HV // H)) * K + rows[None, :] * (H * K) + o_k[:, None]
-    kt = tl.load(k + o_key, mask=held, other=0.0).to(tl.float32)
-    qt = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
-    o_g = (token * H_g + head // (HV // H_g)) * K + rows[None, :] * (H_g * K) + o_k[:, None]
-    gt = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
-    o_e = (token * H_e + head // (HV // H_e)) * K + rows[None, :] * (H_e * K) + o_k[:, None]
-    logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
-    if CONTENT == 1:
-        chunk_at = tl.load(at_block + 2) * HV + head
-        seen = tl.load(contents + chunk_at * R + o_r, mask=o_r < R, other=0.0)
-        erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
-        logits += erase[:, None]
-        z, root = norm_mean(seen, R, RMS)
-        zt = z[:, None] + tl.zeros([BR, 16], tl.float32)
-    if CONTENT == 2:
-        from_Z, Z_held = point_Z(contents, tl.load(at_block + 2) * HV + head, R, K, BK, BR)
-        Z = tl.load(from_Z, mask=Z_held, other=0.0)
-        k_low = tl.trans(kt.to(LOW))
-        erase, write = see_memory(k_low, Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
-        logits += tl.trans(erase)
-        zt, roots = read_memory(k_low, Z, R, RMS, PRECISION)
-    if CONTENT > 0:
-        o_z = (at * 16 + rows[None, :]) * R + o_r[:, None]
-        tl.store(z_all + o_z, zt, mask=(o_r < R)[:, None] & (rows < 16)[None, :])
-    s = tl.sigmoid(logits)
-    b = top * s
-    G = tl.cumsum(gt, 1)
-    total = tl.sum(gt, 1)
-    inward, outward = tl.exp(G), tl.exp(tl.cumsum(gt, 1, reverse=True) - gt)
+            # -- decays and gates, as in the forward --
+            o_key = (token * H + head // (HV // H)) * K + rows[None, :] * (H * K) + o_k[:, None]
+            kt = tl.load(k + o_key, mask=held, other=0.0).to(tl.float32)
+            qt = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
+            o_g = (token * H_g + head // (HV // H_g)) * K + rows[None, :] * (H_g * K) + o_k[:, None]
+            gt = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
+            o_e = (token * H_e + head // (HV // H_e)) * K + rows[None, :] * (H_e * K) + o_k[:, None]
+            logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
+            if CONTENT > 0:
+                chunk = tl.load(blocks + i * FIELDS + 2) * HV + head
+            if CONTENT == 1:
+                seen = tl.load(contents + chunk * R + o_r, mask=o_r < R, other=0.0)
+                z, root = norm_mean(seen, R, RMS)
+                zt = z[:, None] + tl.zeros([BR, 16], tl.float32)
+                erase, write = see_mean(seen, p_up, p_write, head, o_k, R, K, BR, RMS)
+                logits += erase[:, None]
+            if CONTENT == 2:
+                from_Z, Z_held = point_Z(contents, chunk, R, K, BK, BR)
+                Z = tl.load(from_Z, mask=Z_held, other=0.0).to(LOW)
+                k_low = tl.trans(kt.to(LOW))
+                erase, write = see_memory(k_low, Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+                logits += tl.trans(erase)
+                zt, roots = read_memory(k_low, Z, R, RMS, PRECISION)
+            s = tl.sigmoid(logits)
+            b = top * s
+            G = add_up(gt, r <= c, LOW, WIDE)
+            total = tl.sum(gt, 1)
+            inward, outward = tl.exp(G), tl.exp(total[:, None] - G)
 
-    # -- dbt: gradient of b k; dqt: of scale q; dkt: of k where it is the column of A and M --
-    dbt = -dbt * inward
-    dqt = dqt * inward
-    if tl.min(total, 0) < -MILD:
-        dkt = tl.zeros([BK, 16], tl.float32)
-        for level in tl.range(4, num_stages=1, loop_unroll_factor=1):
-            f = half_decays(gt, level, WIDE)
-            k_half = (kt * f).to(LOW)
-            dA_half, dM_half = across(dA, level).to(LOW), across(dM, level).to(LOW)
-            dbt += f * tl.dot(k_half, tl.trans(dA_half), input_precision=PRECISION)
-            dqt += f * tl.dot(k_half, tl.trans(dM_half), input_precision=PRECISION)
-            into_k = tl.dot((b * kt * f).to(LOW), dA_half, input_precision=PRECISION)
-            into_k = tl.dot((qt * f).to(LOW), dM_half, into_k, input_precision=PRECISION)
-            dkt += f * into_k
-    else:
-        away = tl.exp(-G)
-        xt = (kt * away).to(LOW)
-        dA_low, dM_low = dA.to(LOW), dM.to(LOW)
-        dbt += inward * tl.dot(xt, tl.trans(dA_low), input_precision=PRECISION)
-        dqt += inward * tl.dot(xt, tl.trans(dM_low), input_precision=PRECISION)
-        dkt = tl.dot((b * kt * inward).to(LOW), dA_low, input_precision=PRECISION)
-        dkt = tl.dot((qt * inward).to(LOW), dM_low, dkt, input_precision=PRECISION) * away
+            o_16 = at * 256 + r * 16 + c
+            b_dA, b_dM = tl.load(dA + o_16), tl.load(dM + o_16)
+            diagonal = tl.sum(tl.where(r == c, b_dM, 0.0), 0)  # apart: it does not depend on g
+            b_dM = tl.where(r > c, b_dM, 0.0)
 
-    # -- gradients of the inputs --
-    into_state = d_out * outward * kt  # decays with the tokens behind: those before a token add to its gradient
-    dG = tl.cumsum(dbt * b * kt + dqt * qt - dkt * kt, 1, reverse=True) + (tl.cumsum(into_state, 1) - into_state)
-    o_out = (token * HV + head) * K + rows[None, :] * (HV * K) + o_k[:, None]
-    tl.store(dg + o_out, dG + (kept_state * tl.exp(total))[:, None], mask=held)
-    dqt += kt * diagonal[None, :]
-    dkt += qt * diagonal[None, :]
-    tl.store(dq + o_out, (dqt * scale).to(dq.dtype.element_ty), mask=held)
-    d_logits = dbt * kt * b * (1 - s)
-    tl.store(de + o_out, d_logits.to(de.dtype.element_ty), mask=held)
-    dkt += dbt * b + d_out * outward
-    d_write_logits = da * b_a * (1 - b_a)
-    if dw is not None:
-        tl.store(dw + (token + rows) * HV + head, d_write_logits, mask=kept)
-    if CONTENT == 2:
-        dzt = zt * 0.0
-        if p_up is not None:
-            up = load_up(p_up, head, R, K, BK, BR).to(LOW)
-            dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
-        if p_write is not None:
-            dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
-        if RMS:
-            dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
-        dzt = dzt * roots[None, :]
-        dkt = tl.dot(Z.to(LOW), dzt.to(LOW), dkt, input_precision=PRECISION)
-    tl.store(dk + o_out, dkt.to(dk.dtype.element_ty), mask=held)
+            # -- dbt: gradient of b k; dqt: of scale q; dkt: of k where it is the column of A and M --
+            dbt = -dbt * inward
+            dqt = dqt * inward
+            if STRONG:
+                dkt = tl.zeros([TILE, 16], tl.float32)
+                for level in tl.range(4, num_stages=1, loop_unroll_factor=1):
+                    f = half_decays(gt, level, WIDE)
+                    k_half = (kt * f).to(LOW)
+                    dA_half, dM_half = across(b_dA, level).to(LOW), across(b_dM, level).to(LOW)
+                    dbt += f * tl.dot(k_half, tl.trans(dA_half), input_precision=PRECISION)
+                    dqt += f * tl.dot(k_half, tl.trans(dM_half), input_precision=PRECISION)
+                    into_k = tl.dot((b * kt * f).to(LOW), dA_half, input_precision=PRECISION)
+                    into_k = tl.dot((qt * f).to(LOW), dM_half, into_k, input_precision=PRECISION)
+                    dkt += f * into_k
+            else:
+                away = tl.exp(-G)
+                xt = (kt * away).to(LOW)
+                dA_low, dM_low = b_dA.to(LOW), b_dM.to(LOW)
+                dbt += inward * tl.dot(xt, tl.trans(dA_low), input_precision=PRECISION)
+                dqt += inward * tl.dot(xt, tl.trans(dM_low), input_precision=PRECISION)
+                dkt = tl.dot((b * kt * inward).to(LOW), dA_low, input_precision=PRECISION)
+                dkt = tl.dot((qt * inward).to(LOW), dM_low, dkt, input_precision=PRECISION) * away
+
+            # -- gradients of the inputs --
+            into_state = d_out * outward * kt  # decays with the tokens behind: those before a token add to its gradient
+            dG = dbt * b * kt + dqt * qt - dkt * kt - into_state
+            dG = add_up(dG, r >= c, LOW, WIDE) + tl.sum(into_state, 1)[:, None]
+            o_out = (token * HV + head) * K + rows[None, :] * (HV * K) + o_k[:, None]
+            tl.store(dg + o_out, dG + (kept_state * tl.exp(total))[:, None], mask=held)
+            dqt += kt * diagonal[None, :]
+            dkt += qt * diagonal[None, :]
+            tl.store(dq + o_out, (dqt * scale).to(dq.dtype.element_ty), mask=held)
+            d_logits = dbt * kt * b * (1 - s)
+            tl.store(de + o_out, d_logits.to(de.dtype.element_ty), mask=held)
+            dkt += dbt * b + d_out * outward
+            if CONTENT == 2:
+                dzt = zt * 0.0
+                if p_up is not None:
+                    up = load_up(p_up, head, o_k, R, K, BR).to(LOW)
+                    dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
+                if p_write is not None and dw is not None:
+                    d_write_logits = tl.load(dw + (token + rows) * HV + head, mask=kept, other=0.0)
+                    dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
+                if RMS:
+                    dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
+                dzt = dzt * roots[None, :]
+                dkt = tl.dot(Z, dzt.to(LOW), dkt, input_precision=PRECISION)
+            tl.store(dk + o_out, dkt.to(dk.dtype.element_ty), mask=held)
+            if CONTENT > 0:
+                o_z = (at * 16 + rows[None, :]) * R + o_r[:, None]
+                tl.store(z_all + o_z, zt, mask=(o_r < R * (tile == 0))[:, None] & (rows < 16)[None, :])
 
 
 @triton.jit(do_not_specialize=["R", "slots"])
@@ -620,3 +656,47 @@ def sum_projections(
     at = tl.program_id(0).to(tl.int64) * R + o_r
     tl.store(d_p_up + at[:, None] * K + o_k[None, :], up, mask=(o_r < R)[:, None] & (o_k < K)[None, :])
     tl.store(d_p_write + at, write, mask=o_r < R)
+
+
+@triton.jit(do_not_specialize=["R", "chunks"])
+def sum_down(
+    starts,
+    means,
+    states,
+    d_contents,
+    d_p_down,
+    R,
+    chunks,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+    RUN: tl.constexpr,
+    CONTENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of P_down `[runs, HV, V, R]` from each run of RUN chunks; tiles of V are programs of their own."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    head = tl.program_id(0) // TILES % HV
+    run = (tl.program_id(0) // (HV * TILES)).to(tl.int64)
+    o_v, o_k, o_r = tl.program_id(0) % TILES * BV + tl.arange(0, BV), tl.arange(0, BK), tl.arange(0, BR)
+    v_held, r_held = o_v < V, o_r < R
+    down = tl.zeros([BV, BR], tl.float32)
+    for j in tl.range(0, RUN, num_stages=1):
+        chunk = run * RUN + j
+        slot = tl.load(starts + chunk, mask=chunk < chunks, other=0)
+        begun = slot > 0
+        if CONTENT == 1:
+            mean = tl.load(means + ((chunk - 1) * HV + head) * V + o_v, mask=v_held & begun, other=0.0)
+            d_seen = tl.load(d_contents + (chunk * HV + head) * R + o_r, mask=r_held & begun, other=0.0)
+            down += mean[:, None] * d_seen[None, :]
+        else:
+            o_saved = (slot * HV + head) * (V * K) + o_v[:, None] * K + o_k[None, :]
+            b_S = tl.load(states + o_saved, mask=v_held[:, None] & (o_k < K)[None, :] & begun, other=0.0)
+            from_dZ, held = point_Z(d_contents, chunk * HV + head, R, K, BK, BR)
+            dZ = tl.load(from_dZ, mask=held & begun, other=0.0).to(b_S.dtype)
+            down = tl.dot(b_S, dZ, down, input_precision=PRECISION)
+    to = d_p_down + ((run * HV + head) * V + o_v[:, None]) * R + o_r[None, :]
+    tl.store(to, down, mask=v_held[:, None] & r_held[None, :])

@@ -26,6 +26,7 @@ import triton.language as tl
 BLOCK = tl.constexpr(16)
 MILD = tl.constexpr(40.0)  # exp(40) leaves fp32 and bf16 room for a factor of 1e20 on either side
 GONE = tl.constexpr(-110.0)  # exp(-110) is 0 in fp32: stronger decays need no telling apart, and their sums stay small
+SHARE = tl.constexpr(16)  # blocks that a program looks through for strong ones, which are rare
 FIELDS = tl.constexpr(3)  # of a block: first token in the batch, tokens (0: no block), chunk among all saved ones
 
 # -- sequences, chunks and blocks --
@@ -83,8 +84,11 @@ def find_block(i, length, position, C):
 
 
 @triton.jit(do_not_specialize=["T", "C"])
-def list_blocks(bounds, positions, blocks, T, C, STEP: tl.constexpr):
-    """blocks: `[slots, FIELDS]` int64, zeros before; program n fills in the blocks of sequence n."""
+def list_blocks(bounds, positions, blocks, starts, T, C, STEP: tl.constexpr):
+    """blocks: `[slots, FIELDS]` int64, zeros before; program n fills in the blocks of sequence n.
+
+    starts, if given: `[chunks]` int64, zeros before; the first block of each chunk but a sequence's first.
+    """
     n = tl.program_id(0)
     begin, length, position = find_sequence(bounds, positions, n, T)
     slot, chunk_slot = first_slot(begin, n, C), first_chunk(begin, n, C)
@@ -96,6 +100,8 @@ def list_blocks(bounds, positions, blocks, T, C, STEP: tl.constexpr):
         tl.store(to, begin + token, mask=i < total)
         tl.store(to + 1, count.to(tl.int64), mask=i < total)
         tl.store(to + 2, chunk_slot + chunk, mask=i < total)
+        if starts is not None:
+            tl.store(starts + chunk_slot + chunk, slot + i, mask=(i < total) & (token == start) & (chunk > 0))
 
 
 # -- products of a strong block --
@@ -147,10 +153,10 @@ def solve(A, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_up(p_up, head, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):
-    """P_up of a head, `[BR, BK]`."""
-    o_r, o_k = tl.arange(0, BR)[:, None], tl.arange(0, BK)[None, :]
-    return tl.load(p_up + (head * R + o_r) * K + o_k, mask=(o_r < R) & (o_k < K), other=0.0)
+def load_up(p_up, head, o_k, R, K: tl.constexpr, BR: tl.constexpr):
+    """Columns o_k of P_up of a head, `[BR, size of o_k]`."""
+    o_r = tl.arange(0, BR)[:, None]
+    return tl.load(p_up + (head * R + o_r) * K + o_k[None, :], mask=(o_r < R) & (o_k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -177,13 +183,13 @@ def norm_mean(seen, R, RMS: tl.constexpr):
 
 
 @triton.jit
-def see_mean(seen, p_up, p_write, head, R, K: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, RMS: tl.constexpr):
-    """What the content `[BR]` adds to the erase logits, `[BK]`, and to the write logits."""
+def see_mean(seen, p_up, p_write, head, o_k, R, K: tl.constexpr, BR: tl.constexpr, RMS: tl.constexpr):
+    """What the content `[BR]` adds to the erase logits of channels o_k, and to the write logits."""
     z, root = norm_mean(seen, R, RMS)
-    erase = tl.zeros([BK], tl.float32)
+    erase = tl.zeros(o_k.shape, tl.float32)
     write = tl.sum(z * 0.0, 0)
     if p_up is not None:
-        erase = tl.sum(z[:, None] * load_up(p_up, head, R, K, BK, BR), 0)
+        erase = tl.sum(z[:, None] * load_up(p_up, head, o_k, R, K, BR), 0)
     if p_write is not None:
         write = tl.sum(z * load_write(p_write, head, R, BR), 0)
     return erase, write
@@ -218,7 +224,7 @@ def see_memory(
     erase = tl.zeros([16, BK], tl.float32)
     write = tl.sum(zt * 0.0, 0)
     if p_up is not None:
-        up = load_up(p_up, head, R, K, BK, BR).to(k.dtype)
+        up = load_up(p_up, head, tl.arange(0, BK), R, K, BR).to(k.dtype)
         erase = tl.trans(tl.dot(tl.trans(up), zt.to(k.dtype), input_precision=PRECISION))
     if p_write is not None:
         write = tl.sum(zt * load_write(p_write, head, R, BR)[:, None], 0)
@@ -228,7 +234,22 @@ def see_memory(
 # -- the kernels --
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
+def has_block(i, at, blocks, strong, slots, STRONG: tl.constexpr):
+    """Whether slots i hold a block, a strong one if STRONG."""
+    if STRONG:
+        return tl.load(strong + at, mask=i < slots, other=0) != 0
+    return tl.load(blocks + i * FIELDS + 1, mask=i < slots, other=0) != 0
+
+
+@triton.jit
+def any_block(first, head, blocks, strong, slots, HV: tl.constexpr, STRONG: tl.constexpr):
+    """Whether a program that begins with slot `first` has anything to do."""
+    i = first.to(tl.int64) + tl.arange(0, SHARE if STRONG else 1)
+    return tl.max(has_block(i, i * HV + head, blocks, strong, slots, STRONG).to(tl.int32), 0) != 0
+
+
+@triton.jit(do_not_specialize=["R", "slots"])
 def prepare(
     q,
     k,
@@ -251,6 +272,7 @@ def prepare(
     scale,
     top,
     R,
+    slots,
     H: tl.constexpr,
     HV: tl.constexpr,
     H_g: tl.constexpr,
@@ -261,6 +283,7 @@ def prepare(
     CONTENT: tl.constexpr,
     RMS: tl.constexpr,
     GATED: tl.constexpr,
+    STRONG: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -269,87 +292,93 @@ def prepare(
     Without the gates, because the content is not known: k_in = k exp G. With them (GATED): k_in = b k exp G, T, the
     write gates a, and if asked for slope = b (1 - b / top) k exp G (of a strong block b (1 - b / top) k).
 
+    A first launch takes every block for a mild one, a second (STRONG) writes the strong ones anew: a kernel that has
+    both ways would hold twice the registers.
+
     Shapes: q_in, x, k_in, slope `[slots, HV, 16, K]`; M, T `[slots, HV, 16, 16]`; decay `[slots, HV, K]` fp32;
-    strong `[slots, HV]` int32; a `[slots, HV, 16]` fp32.
+    strong `[slots, HV]` int32, zeros before; a `[slots, HV, 16]` fp32.
     """
-    i = tl.program_id(0) // HV
     head = tl.program_id(0) % HV
-    token = tl.load(blocks + i.to(tl.int64) * FIELDS)
-    count = tl.load(blocks + i.to(tl.int64) * FIELDS + 1)
-    if count == 0:
+    first = tl.program_id(0) // HV * (SHARE if STRONG else 1)
+    if not any_block(first, head, blocks, strong, slots, HV, STRONG):
         return
     LOW: tl.constexpr = x.dtype.element_ty
-    at = i.to(tl.int64) * HV + head
     rows, o_k = tl.arange(0, 16), tl.arange(0, BK)
-    held = (rows < count)[:, None] & (o_k < K)[None, :]
-    o_key = (token * H + head // (HV // H)) * K + rows[:, None] * (H * K) + o_k[None, :]
-    b_k = tl.load(k + o_key, mask=held, other=0.0)
-    o_g = (token * H_g + head // (HV // H_g)) * K + rows[:, None] * (H_g * K) + o_k[None, :]
-    b_g = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
+    for j in tl.range(0, SHARE if STRONG else 1, num_stages=1, loop_unroll_factor=1):
+        i = (first + j).to(tl.int64)
+        at = i * HV + head
+        if has_block(i, at, blocks, strong, slots, STRONG):
+            token, count = tl.load(blocks + i * FIELDS), tl.load(blocks + i * FIELDS + 1)
+            held = (rows < count)[:, None] & (o_k < K)[None, :]
+            o_key = (token * H + head // (HV // H)) * K + rows[:, None] * (H * K) + o_k[None, :]
+            b_k = tl.load(k + o_key, mask=held, other=0.0)
+            o_g = (token * H_g + head // (HV // H_g)) * K + rows[:, None] * (H_g * K) + o_k[None, :]
+            b_g = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
 
-    # -- decays --
-    G = tl.cumsum(b_g, 0)
-    behind = tl.cumsum(b_g, 0, reverse=True) - b_g
-    total = tl.sum(b_g, 0)
-    is_strong = tl.min(total, 0) < -MILD
-    inward = tl.exp(G)
-    wide_k = b_k.to(tl.float32)
-    wide_q = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
-    b_q_in = (wide_q * inward).to(LOW)
-    b_x = (wide_k * tl.exp(tl.where(is_strong, behind, -G))).to(LOW)
-    o_16K = at * (16 * K) + rows[:, None] * K + o_k[None, :]
-    columns = (o_k < K)[None, :]
-    tl.store(q_in + o_16K, b_q_in, mask=columns)
-    tl.store(x + o_16K, b_x, mask=columns)
-    tl.store(decay + at * K + o_k, tl.exp(total), mask=o_k < K)
-    tl.store(strong + at, is_strong.to(tl.int32))
+            # -- decays --
+            G = tl.cumsum(b_g, 0)
+            total = tl.sum(b_g, 0)
+            if not STRONG:
+                tl.store(strong + at, (tl.min(total, 0) < -MILD).to(tl.int32))
+            inward = tl.exp(G)
+            wide_k = b_k.to(tl.float32)
+            wide_q = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
+            b_q_in = (wide_q * inward).to(LOW)
+            b_x = (wide_k * tl.exp(total[None, :] - G if STRONG else -G)).to(LOW)
+            o_16K = at * (16 * K) + rows[:, None] * K + o_k[None, :]
+            columns = (o_k < K)[None, :]
+            tl.store(q_in + o_16K, b_q_in, mask=columns)
+            tl.store(x + o_16K, b_x, mask=columns)
+            tl.store(decay + at * K + o_k, tl.exp(total), mask=o_k < K)
 
-    # -- M --
-    r, c = rows[:, None], rows[None, :]
-    if is_strong:
-        b_M = strong_products(tl.trans(wide_q), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
-        b_M = tl.where(r == c, tl.sum(wide_q * wide_k, 1)[:, None], b_M)
-    else:
-        b_M = tl.where(r >= c, tl.dot(b_q_in, tl.trans(b_x), input_precision=PRECISION), 0.0)
-    o_16 = at * 256 + r * 16 + c
-    tl.store(M + o_16, b_M)
-
-    # -- gates --
-    b_k_in = (wide_k * inward).to(LOW)
-    if GATED:
-        o_e = (token * H_e + head // (HV // H_e)) * K + rows[:, None] * (H_e * K) + o_k[None, :]
-        logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
-        b_a = tl.full([16], 1.0, tl.float32)
-        write = tl.zeros([16], tl.float32)
-        if CONTENT > 0:
-            chunk = tl.load(blocks + i.to(tl.int64) * FIELDS + 2) * HV + head
-            if CONTENT == 1:
-                o_r = tl.arange(0, BR)
-                seen = tl.load(contents + chunk * R + o_r, mask=o_r < R, other=0.0)
-                erase, write_all = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
-                logits += erase[None, :]
-                write += write_all
+            # -- M --
+            r, c = rows[:, None], rows[None, :]
+            if STRONG:
+                b_M = strong_products(tl.trans(wide_q), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
+                b_M = tl.where(r == c, tl.sum(wide_q * wide_k, 1)[:, None], b_M)
             else:
-                from_Z, Z_held = point_Z(contents, chunk, R, K, BK, BR)
-                Z = tl.load(from_Z, mask=Z_held, other=0.0)
-                erase, write = see_memory(b_k.to(LOW), Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
-                logits += erase
-        if w is not None:
-            write += tl.load(w + (token + rows) * HV + head, mask=rows < count, other=0.0)
-            b_a = tl.sigmoid(write)
-        tl.store(a + at * 16 + rows, b_a)
-        b = tl.sigmoid(logits)
-        if slope is not None:
-            b_slope = top * b * (1 - b) * tl.where(is_strong, wide_k, wide_k * inward)
-            tl.store(slope + o_16K, b_slope.to(LOW), mask=columns)
-        b *= top
-        b_k_in = (b * b_k_in.to(tl.float32)).to(LOW)  # rounded as run_blocks does, so that a zero P_up changes no bit
-        if is_strong:
-            A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
-        else:
-            A = tl.dot(b_k_in, tl.trans(b_x), input_precision=PRECISION)
-        tl.store(T + o_16, solve(A, PRECISION))
-    tl.store(k_in + o_16K, b_k_in, mask=columns)
+                b_M = tl.where(r >= c, tl.dot(b_q_in, tl.trans(b_x), input_precision=PRECISION), 0.0)
+            o_16 = at * 256 + r * 16 + c
+            tl.store(M + o_16, b_M)
+
+            # -- gates --
+            b_k_in = (wide_k * inward).to(LOW)
+            if GATED:
+                o_e = (token * H_e + head // (HV // H_e)) * K + rows[:, None] * (H_e * K) + o_k[None, :]
+                logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
+                b_a = tl.full([16], 1.0, tl.float32)
+                write = tl.zeros([16], tl.float32)
+                if CONTENT > 0:
+                    chunk = tl.load(blocks + i * FIELDS + 2) * HV + head
+                    if CONTENT == 1:
+                        o_r = tl.arange(0, BR)
+                        seen = tl.load(contents + chunk * R + o_r, mask=o_r < R, other=0.0)
+                        erase, write_all = see_mean(seen, p_up, p_write, head, o_k, R, K, BR, RMS)
+                        logits += erase[None, :]
+                        write += write_all
+                    else:
+                        from_Z, Z_held = point_Z(contents, chunk, R, K, BK, BR)
+                        Z = tl.load(from_Z, mask=Z_held, other=0.0)
+                        erase, write = see_memory(b_k.to(LOW), Z, p_up, p_write, head, R, K, BK, BR, RMS, PRECISION)
+                        logits += erase
+                if w is not None:
+                    write += tl.load(w + (token + rows) * HV + head, mask=rows < count, other=0.0)
+                    b_a = tl.sigmoid(write)
+                tl.store(a + at * 16 + rows, b_a)
+                b = tl.sigmoid(logits)
+                if slope is not None:
+                    b_slope = top * b * (1 - b) * (wide_k if STRONG else wide_k * inward)
+                    tl.store(slope + o_16K, b_slope.to(LOW), mask=columns)
+                b *= top
+                b_k_in = (b * b_k_in.to(tl.float32)).to(
+                    LOW
+                )  # rounded as run_blocks does, so that a zero P_up changes no bit
+                if STRONG:
+                    A = strong_products(tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g), LOW, PRECISION, WIDE)
+                else:
+                    A = tl.dot(b_k_in, tl.trans(b_x), input_precision=PRECISION)
+                tl.store(T + o_16, solve(A, PRECISION))
+            tl.store(k_in + o_16K, b_k_in, mask=columns)
 
 
 @triton.jit
@@ -521,7 +550,7 @@ def run_blocks(
             seen = tl.load(content + own * R + o_r, mask=r_held, other=0.0)
         if contents is not None:
             tl.store(contents + (chunk_slot * HV + head) * R + o_r, seen, mask=o_r < tl.minimum(blocks, 1) * R)
-        erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+        erase, write = see_mean(seen, p_up, p_write, head, o_k, R, K, BR, RMS)
     if CONTENT == 2:
         Z = tl.zeros([BK, BR], tl.float32)
         if content is not None:
@@ -622,7 +651,7 @@ def run_blocks(
                             if contents is not None:
                                 tl.store(means + to * V + t_v, mean, mask=t_v < V)
                         tl.debug_barrier()
-                    erase, write = see_mean(seen, p_up, p_write, head, R, K, BK, BR, RMS)
+                    erase, write = see_mean(seen, p_up, p_write, head, o_k, R, K, BR, RMS)
                     if contents is not None:
                         tl.store(contents + (to + HV) * R + o_r, seen, mask=r_held)
                 else:
