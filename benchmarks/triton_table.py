@@ -164,7 +164,7 @@ def in_turns(found: list[Candidate], x: dict[str, Tensor], rounds: int) -> dict[
 def processes_with_room() -> int:
     """How many processes of a forward and backward, as this one has made, the GPU's free memory holds."""
     torch.cuda.empty_cache()
-    each = torch.cuda.max_memory_reserved() + 2**30  # a context and its code besides
+    each = torch.cuda.max_memory_reserved() * 3 // 2 + 2**30  # what lies between blocks; a context and its code
     return torch.cuda.mem_get_info()[0] // each
 
 

@@ -117,7 +117,7 @@ def off(found: torch.Tensor, expected: torch.Tensor, least: float = 0.0) -> floa
 
 
 def assert_as_exact(arguments: dict, heard: bool = True, backend: str = "cuda", bound: str = "op_kernel") -> None:
-    """bound: of the errors, in `TOLERANCES`, and with `_gradient` behind it."""
+    """bound: of the errors, in `TOLERANCES`, and with `_content` and `_gradient` behind it."""
     o, end, gradients = run(chunk_carve, arguments, backend=backend)
     exact_o, exact_end, exact = run(chunk_carve, in_float64(arguments), backend="torch")
     if heard and arguments.get("p_down") is not None:
@@ -132,7 +132,8 @@ def assert_as_exact(arguments: dict, heard: bool = True, backend: str = "cuda", 
             assert torch.equal(y, exact_y)
         elif exact_y is not None:
             errors[name] = off(y, exact_y, least=1e-3 * exact_end.memory.norm().item())
-    bad = {name: error for name, error in errors.items() if error > tolerance(bound)}
+    bounds = {"content": f"{bound}_content"}
+    bad = {name: error for name, error in errors.items() if error > tolerance(bounds.get(name, bound))}
     # the gradient of g is what is left of terms like q dq, which is nothing where everything decays at once
     least = {"g": 0.05 * (exact["q"] * arguments["q"].double()).norm().item()}
     errors = {f"d{name}": off(gradients[name], dy, least.get(name, 0)) for name, dy in exact.items()}

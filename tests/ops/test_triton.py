@@ -30,6 +30,8 @@ from tests.ops.test_chunked import run as run_op
 from tests.ops.test_cuda import LENGTHS
 from tests.tolerances import tolerance
 
+# strong blocks overflow in the launch that takes every block for a mild one, before the next writes them anew
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTENTS = [(None, None), ("mean", None), ("mean", "rms"), ("read", None), ("read", "rms")]
 chunk_portable = partial(chunk_carve, backend="triton")
@@ -135,6 +137,14 @@ def test_a_state_too_large_for_registers(content: str, monkeypatch: pytest.Monke
     case = replace(BASE, content=content, content_norm="rms", V=48, groups=1, T=20, chunk_size=10)
     assert_case(case)
     assert_case(replace(case, started=False))
+
+
+@pytest.mark.parametrize("content", ["mean", "read"])
+def test_sums_over_many_programs(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RUN", "RUN_CHUNKS"):
+        monkeypatch.setattr(portable, name, 2)
+    monkeypatch.setitem(portable.LAUNCHES, "keys", {256: Launch(1, 1, 16)})
+    assert_case(replace(BASE, content=content, content_norm="rms", K=48, V=80, chunk_size=6, groups=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -322,7 +332,8 @@ def test_chunk_sizes(content: str | None, C: int) -> None:
 @pytest.mark.parametrize("content", ["mean", "read"])
 @pytest.mark.parametrize("R", [1, 16, 17, 32])
 def test_ranks(content: str, R: int) -> None:
-    assert_as_exact(draw([200], R=R, K=64, V=64, content=content))
+    # of a single number the norm leaves the sign, and of its gradient next to nothing
+    assert_as_exact(draw([200], R=R, K=64, V=64, content=content, norm="rms" if R > 1 else None))
 
 
 @pytest.mark.gpu

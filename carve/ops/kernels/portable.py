@@ -42,11 +42,11 @@ class Launch:
 
 # For padded sizes, the larger one of K and V, up to each. benchmarks/triton_table.py measures it.
 LAUNCHES: dict[str, dict[int, Launch]] = {
-    "prepare": {32: Launch(1), 64: Launch(2), 128: Launch(8), 256: Launch(8)},
-    "gated": {32: Launch(1, 2), 64: Launch(4, 2, 64), 128: Launch(4, 2, 64), 256: Launch(8, 1, 64)},
-    "content": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
-    "reverse": {32: Launch(1, 2), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1, 64)},
-    "values": {32: Launch(1), 64: Launch(1), 128: Launch(1), 256: Launch(2)},
+    "prepare": {32: Launch(1, 1, 256), 64: Launch(2, 1, 256), 128: Launch(4, 1, 256), 256: Launch(8, 1, 256)},
+    "gated": {32: Launch(1, 2, 256), 64: Launch(4, 2, 64), 128: Launch(4, 2, 64), 256: Launch(8, 1, 64)},
+    "content": {32: Launch(1, 2, 256), 64: Launch(4, 2, 256), 128: Launch(8, 2, 256), 256: Launch(8, 1, 64)},
+    "reverse": {32: Launch(1, 2, 256), 64: Launch(4, 2, 256), 128: Launch(8, 2, 256), 256: Launch(8, 1, 64)},
+    "values": {32: Launch(1, 1, 256), 64: Launch(1, 1, 256), 128: Launch(1, 1, 256), 256: Launch(2, 1, 256)},
     "keys": {32: Launch(1, 1, 32), 64: Launch(4, 1, 64), 128: Launch(4, 1, 64), 256: Launch(8, 1, 64)},
 }
 
