@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import carve.train.run as run
 from carve.train import TrainConfig, train
 
-ROWS = 12  # 11 to train on: an epoch is 3 steps of 4, 4 and 3 sequences
+ROWS = 12  # 11 to train on, 2 at a time: an epoch is 3 steps of 4, 4 and 2 sequences
 
 # Only process 0 is asked to stop, while the second step runs. Arguments: configuration, run folder.
 ONE_IS_ASKED = """
@@ -65,7 +65,22 @@ def cut(whole, out, step):
 
 def test_tokens_are_counted_where_an_epoch_ends(whole):
     tokens = [json.loads(line)["tokens"] for line in (whole / "metrics.jsonl").open()]
-    assert tokens[:7] == [32 * sequences for sequences in (4, 8, 11, 15, 19, 22, 26)]
+    assert tokens[:7] == [32 * sequences for sequences in (4, 8, 10, 14, 18, 20, 24)]
+
+
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(4, {4}), (16, {11})])
+def test_batches_are_of_one_size_and_not_padded(micro_batch, sizes, config_file, tmp_path, monkeypatch):
+    seen, step = [], run.CarveTrainer.training_step
+
+    def look(self, model, inputs, *rest):
+        seen.append(inputs)
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(run.CarveTrainer, "training_step", look)
+    fields = {"out": str(tmp_path / "run"), "micro_batch": micro_batch, "batch_tokens": 32 * micro_batch, "steps": 4}
+    train(TrainConfig.load(config_file, fields))
+    assert {len(inputs["input_ids"]) for inputs in seen} == sizes
+    assert {frozenset(inputs) for inputs in seen} == {frozenset(("input_ids", "position_ids", "labels"))}
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])  # within the first epoch, at its end, within the second
