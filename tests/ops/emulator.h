@@ -239,6 +239,7 @@ static float exp2_(float x) {
   float y = std::exp2(x);
   return std::fabs(y) < 1.17549435e-38f ? 0.f : y;
 }
+static float at_least(float x, float least) { return x < least ? least : x; }
 static float reciprocal(float x) { return 1.f / x; }
 static float reciprocal_root(float x) { return 1.f / std::sqrt(x); }
 struct Bf16 {

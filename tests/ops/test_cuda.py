@@ -89,6 +89,15 @@ def test_any_mix_of_pieces(content: str | None) -> None:
     assert off(state.memory, final.memory) <= tolerance("op_kernel")
 
 
+@pytest.mark.parametrize("others", [-1.0, -100.0], ids=["mild", "strong"])
+def test_a_decay_that_is_no_number_is_heard(others: float) -> None:
+    arguments = draw([40])
+    arguments["g"][0, 20, 0, 3], arguments["g"][0, 25, 0, 7] = torch.nan, others
+    o = chunk_carve(**arguments, backend="cuda")[0]
+    assert o[:, :16].isfinite().all()
+    assert o[:, 20:, 0].isnan().all()
+
+
 @contents
 def test_a_long_sequence(content: str | None) -> None:
     arguments = draw([100_000], H=1, content=content, norm="rms")

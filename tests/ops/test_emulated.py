@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from carve.ops import chunk_carve
 from carve.ops.kernels import compiler, cuda
 from carve.ops.recurrence import Options, Projections, Tokens
 from tests.ops.kernel_cases import assert_as_exact, draw
@@ -116,6 +117,14 @@ def test_as_exact_and_without_races(emulated: dict[str, int], case: dict[str, An
 def test_two_programs_share_a_head(emulated: dict[str, int], case: dict[str, Any], content: str | None) -> None:
     assert_as_exact(draw(**case, H=1, content=content, device="cpu"))
     assert emulated == {"forward": 0, "reverse": 0, "gradients": 0}
+
+
+def test_a_decay_that_is_no_number_is_heard_in_a_strong_block() -> None:
+    arguments = draw([40], H=1, K=64, V=64, device="cpu")
+    arguments["g"][0, 20, 0, 3], arguments["g"][0, 25, 0, 7] = torch.nan, -100.0
+    o = chunk_carve(**arguments, backend="cuda")[0]
+    assert o[:, :16].isfinite().all()
+    assert o[:, 20:].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ DEVICE void prepare_block(Slot slot, float scale) {
     for (int c = 0; c < OWN; ++c) {
       float sum = 0;  // anew, so that differences of sums stay finite
 #pragma unroll
-      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * g(t).x[c], GONE);
+      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + at_least(LOG2_E * g(t).x[c], GONE);
     }
 #pragma unroll
     for (int t = 0; t < BLOCK; ++t) g(t) = G[t];

@@ -178,7 +178,7 @@ DEVICE void prepare(const Prepared& p, const Content& c) {
 #pragma unroll
     for (int t = 0; t < BLOCK; ++t) {
       const float2 g = p.g.pair(16 * s + t, column);
-      sum = make_float2(sum.x + fmaxf(LOG2_E * g.x, GONE), sum.y + fmaxf(LOG2_E * g.y, GONE));
+      sum = make_float2(sum.x + at_least(LOG2_E * g.x, GONE), sum.y + at_least(LOG2_E * g.y, GONE));
       if (t / TOKENS == part) G[round][t % TOKENS] = sum;
     }
     end[round] = sum;

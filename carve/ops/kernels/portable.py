@@ -25,6 +25,7 @@ LARGEST_READ, RANK = 128, 32  # of K and V with "read", and of R: beyond, result
 LONGEST = 2**30  # largest chunk_size; the kernels count tokens of a chunk in 32 bits
 BLOCK, FIELDS, SHARE = 16, 3, 16  # as in triton_forward.py
 ROOM = 160 * 1024  # bytes of shared memory with which loads can run ahead of their use
+SMALL_TILE = 32  # of V, where larger ones need more shared memory than there is
 RUN, RUN_CHUNKS = 64, 16  # blocks, chunks whose share of the projections' gradients one program adds up
 LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +38,7 @@ class Launch:
 
     num_warps: int
     num_stages: int = 1
-    tile: int = 256  # largest number of columns of V (of K for "keys") that a program has, or takes at a time
+    tile: int = 256  # largest number of columns of V that a program has, or takes at a time; for "keys" of K
 
 
 # For padded sizes, the larger one of K and V, up to each. benchmarks/triton_table.py measures it.
@@ -81,6 +82,8 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             return f"{device} has compute capability {'.'.join(map(str, capability))}, expected at least 8.0"
+    if max(K, V) > 128 and x.v.dtype == torch.float32 and (room := shared_room(device)) < ROOM:
+        return f"K = {K} and V = {V} in float32, expected at most 128 with {room} bytes of shared memory a block"
     return None
 
 
@@ -145,10 +148,14 @@ class Plan:
         sizes = LAUNCHES[name]
         how = sizes[next(size for size in sizes if max(self.BK, self.BV) <= size)]
         tile = min(how.tile, self.BK if name == "keys" else self.BV)
+        wide, small = self.low == torch.float32, shared_room(self.x.v.device) < ROOM
+        largest = max(self.BK, self.BV)
+        crowded = (largest > 128 and (small or wide)) or (largest > 64 and small and self.kind == "read")
+        if crowded and name in ("gated", "content", "reverse"):
+            tile = min(tile, SMALL_TILE)
         # loads may not run ahead of the stores of a state that lies in memory, nor where there is no room for them
         in_memory = tile < self.BV and name in ("content", "reverse")
-        one = in_memory or self.low == torch.float32 or shared_room(self.x.v.device) < ROOM
-        return replace(how, tile=tile, num_stages=1 if one else how.num_stages)
+        return replace(how, tile=tile, num_stages=1 if in_memory or wide or small else how.num_stages)
 
     def scratch(self, *shape: int, wide: bool = False) -> Tensor:
         """`[slots, HV, *shape]`, unwritten."""

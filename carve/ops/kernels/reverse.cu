@@ -109,7 +109,7 @@ DEVICE void multiply_block_pair_by_pair(Slot slot, const Floats& shift, float sc
         if (j < i) {
           const Floats g = (Floats&)slot.G(j + 1, OWN * lane());
 #pragma unroll
-          for (int c = 0; c < OWN; ++c) sum.x[c] += fmaxf(LOG2_E * g.x[c], GONE);
+          for (int c = 0; c < OWN; ++c) sum.x[c] += at_least(LOG2_E * g.x[c], GONE);
         }
 #pragma unroll
         for (int c = 0; c < OWN; ++c) {
@@ -228,7 +228,7 @@ DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, flo
     for (int c = 0; c < OWN; ++c) {
       float sum = 0;  // anew, so that differences of sums stay finite
 #pragma unroll
-      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + fmaxf(LOG2_E * g(t).x[c], GONE);
+      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + at_least(LOG2_E * g(t).x[c], GONE);
     }
     multiply_block_pair_by_pair(slot, shift, scale, top);
   }
@@ -312,7 +312,7 @@ DEVICE void add_pair_by_pair(
     float2 sum = make_float2(0, 0), pairs = make_float2(0, 0);
     for (int j = min(row, count - 1); j >= 0; --j) {
       const float2 more = *(const float2*)(g + (i64)j * stride + column);
-      sum = make_float2(sum.x + fmaxf(LOG2_E * more.x, GONE), sum.y + fmaxf(LOG2_E * more.y, GONE));
+      sum = make_float2(sum.x + at_least(LOG2_E * more.x, GONE), sum.y + at_least(LOG2_E * more.y, GONE));
       if (j == 0) break;
       const float2 k = unpack<Input>(slot.k().pair(j - 1, column));
       const float P = unpack<Bf16>(*(unsigned short*)slot.P().at(row, 16 * s + j - 1)).x;

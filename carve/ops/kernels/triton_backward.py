@@ -9,7 +9,8 @@ that of the running sum added), r = a v - (b k exp G) S, and dS the gradient of 
         dv_new = M^T d + (k exp(G_16 - G)) dS             dr = T^T dv_new
         dS    <- D dS + (scale q exp G)^T d - (b k exp G)^T dr
 
-    differentiate_blocks  one program a block and value head: gradients of all inputs
+    differentiate_values  one program a block and value head: gradients of v and w, and products over V for the next
+    differentiate_keys    one program a block, value head and tile of K: gradients of q, k, g and e
     sum_projections       gradients of P_up and p_write, over runs of blocks
     sum_down              gradient of P_down, over runs of chunks
 
@@ -17,7 +18,7 @@ In reverse_blocks the content needs the gradient of the erase gates too, from
 
     d(b k exp G) = -dr S^T + dA (k exp -G)                dA = -stril(dr v_new^T)
 
-Everything of a block lies transposed: [BK, 16], [BV, 16].
+In the sequential kernel and in differentiate_keys everything of a block lies transposed: [BK, 16], [BV, 16].
 """
 
 import triton
@@ -25,7 +26,6 @@ import triton.language as tl
 
 from carve.ops.kernels.triton_forward import (
     FIELDS,
-    GONE,
     SHARE,
     across,
     any_block,
@@ -36,6 +36,7 @@ from carve.ops.kernels.triton_forward import (
     first_slot,
     half_decays,
     has_block,
+    load_decays,
     load_down,
     load_up,
     load_write,
@@ -298,7 +299,7 @@ def reverse_blocks(
             k_mask = (rows < count)[:, None] & k_held[None, :]
             if is_strong:
                 o_g = (begin + token) * H_g * K + head // (HV // H_g) * K + rows[:, None] * (H_g * K) + o_k[None, :]
-                gt = tl.trans(tl.maximum(tl.load(g + o_g, mask=k_mask, other=0.0), GONE))
+                gt = tl.trans(load_decays(g + o_g, k_mask))
                 kt = tl.trans(tl.load(k + o_key, mask=k_mask, other=0.0).to(tl.float32))
                 dbt = dbt * tl.exp(tl.cumsum(gt, 1))
                 dbt += strong_rows(tl.trans(dAt), kt, gt, LOW, PRECISION, WIDE)
@@ -534,7 +535,7 @@ def differentiate_keys(
             kt = tl.load(k + o_key, mask=held, other=0.0).to(tl.float32)
             qt = tl.load(q + o_key, mask=held, other=0.0).to(tl.float32) * scale
             o_g = (token * H_g + head // (HV // H_g)) * K + rows[None, :] * (H_g * K) + o_k[:, None]
-            gt = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
+            gt = load_decays(g + o_g, held)
             o_e = (token * H_e + head // (HV // H_e)) * K + rows[None, :] * (H_e * K) + o_k[:, None]
             logits = tl.load(e + o_e, mask=held, other=0.0).to(tl.float32)
             if CONTENT > 0:

@@ -3,7 +3,7 @@
 Three kernels, one behind the other. A sequence is cut into blocks: at most 16 tokens of one content chunk.
 
     list_blocks   one program a sequence: which tokens each block holds
-    prepare       one program a block and value head: all that does not depend on the content
+    prepare       one program a block and value head: all that does not depend on the state
     run_blocks    one program a sequence and value head (and tile of V): the state through the blocks in order
 
 With G the sum of g inside a block, and D its decay exp G_16,
@@ -102,6 +102,15 @@ def list_blocks(bounds, positions, blocks, starts, T, C, STEP: tl.constexpr):
         tl.store(to + 2, chunk_slot + chunk, mask=i < total)
         if starts is not None:
             tl.store(starts + chunk_slot + chunk, slot + i, mask=(i < total) & (token == start) & (chunk > 0))
+
+
+# -- decays --
+
+
+@triton.jit
+def load_decays(at, held):
+    """Log decays, at least GONE. NaN stays NaN."""
+    return tl.maximum(tl.load(at, mask=held, other=0.0), GONE, propagate_nan=tl.PropagateNan.ALL)
 
 
 # -- products of a strong block --
@@ -313,7 +322,7 @@ def prepare(
             o_key = (token * H + head // (HV // H)) * K + rows[:, None] * (H * K) + o_k[None, :]
             b_k = tl.load(k + o_key, mask=held, other=0.0)
             o_g = (token * H_g + head // (HV // H_g)) * K + rows[:, None] * (H_g * K) + o_k[None, :]
-            b_g = tl.maximum(tl.load(g + o_g, mask=held, other=0.0), GONE)
+            b_g = load_decays(g + o_g, held)
 
             # -- decays --
             G = tl.cumsum(b_g, 0)
@@ -598,7 +607,7 @@ def run_blocks(
             if is_strong:
                 wide_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(tl.float32)
                 o_g = (begin + token) * H_g * K + head // (HV // H_g) * K + rows[:, None] * (H_g * K) + o_k[None, :]
-                b_g = tl.maximum(tl.load(g + o_g, mask=k_mask, other=0.0), GONE)
+                b_g = load_decays(g + o_g, k_mask)
                 bkt, kt, gt = tl.trans(b * wide_k), tl.trans(wide_k), tl.trans(b_g)
                 A = strong_products(bkt, kt, gt, LOW, PRECISION, WIDE)
             else:
@@ -647,6 +656,7 @@ def run_blocks(
                             at_sum = content_sum_end + own * V + t_v
                             mean = tl.load(at_sum, mask=t_v < V, other=0.0) / C
                             seen += tl.sum(mean[:, None] * load_down(p_down, head, t_v, R, V, BR), 0)
+                            tl.debug_barrier()  # others may still read what this thread clears
                             tl.store(at_sum, mean * 0.0, mask=t_v < V)
                             if contents is not None:
                                 tl.store(means + to * V + t_v, mean, mask=t_v < V)
