@@ -4,14 +4,15 @@
     python benchmarks/triton_table.py 128 --minutes 2  # candidates that are not compiled by then are left out
     python benchmarks/triton_table.py 128 --write      # put the fastest into portable.py
 
-Every candidate is compiled in a process of its own, by a whole forward and backward on the arguments that are timed
+Every candidate is compiled in another process, by a whole forward and backward on the arguments that are timed
 afterwards (Triton compiles anew for other divisibilities), and counts only if what comes out is what the present table
-gives, to rounding. The best of a first round are then timed in turns. Raw numbers: `results/triton_table.json`.
+gives, to rounding. The best of a first round are then timed in turns. Raw numbers go into `results/triton_table.json`,
+where sizes that were not measured keep their earlier ones.
 """
 
 import argparse
+import functools
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -19,8 +20,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,30 @@ FILE = Path(portable.__file__)
 RESULTS = Path(__file__).parent / "results" / "triton_table.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, H, R = 8, 4096, 16, 16
-KERNELS = {  # launches that a row of the table decides: the kernel, and GATED if it matters
-    "prepare": ("prepare", None),
-    "gated": ("run_blocks", True),
-    "content": ("run_blocks", False),
-    "reverse": ("reverse_blocks", None),
-    "values": ("differentiate_values", None),
-    "keys": ("differentiate_keys", None),
-}
 WARPS = {32: (1, 2, 4), 64: (1, 2, 4, 8), 128: (1, 2, 4, 8, 16), 256: (2, 4, 8, 16)}
 STAGES = (1, 2, 3)
-TILES = {"gated": (32, 64, 128), "keys": (32, 64, 128)}  # of V, of K; others take V whole up to 128, then 64
+TILES = {"gated": (32, 64, 128), "keys": (32, 64, 128)}  # of V, of K; the others keep the present table's
 FINAL, ROUNDS = 3, 7  # candidates of a row in the last round; turns
 TOLERANCE = 0.02  # of the norm: other tiles add up bfloat16 products in another order
 
 Candidate = tuple[str, int, Launch]  # kernel, size, configuration
 
 
+def row_of(kernel: str, constants: dict[str, Any]) -> str | None:
+    """The row of the table that decides this launch."""
+    if kernel == "run_blocks":
+        return "gated" if constants["GATED"] else "content"
+    if kernel == "reverse_blocks":
+        return "reverse" if constants["CONTENT"] else "gated"
+    return {"prepare": "prepare", "differentiate_values": "values", "differentiate_keys": "keys"}.get(kernel)
+
+
 def candidates(name: str, size: int) -> Iterator[Launch]:
-    tiles = [tile for tile in TILES.get(name, ()) if tile <= size] or [256 if size < 256 else 64]
+    present = LAUNCHES[name][size].tile  # which may be more than there is
+    tiles = [present, *(tile for tile in TILES.get(name, ()) if tile <= size and tile != min(present, size))]
     stages = (1,) if name in ("prepare", "values", "keys") else STAGES
     for warps, stage, tile in itertools.product(WARPS[size], stages, tiles):
-        if warps * 32 <= 8 * tile:  # fewer than four numbers of a tile a thread are none to work on
+        if warps * 32 <= 8 * min(tile, size):  # of 16 tokens and a tile of columns, two numbers a thread or more
             yield Launch(warps, stage, tile)
 
 
@@ -76,13 +79,20 @@ def draw(size: int) -> dict[str, Tensor]:
     return {name: y.requires_grad_() for name, y in x.items()}
 
 
+def contents(size: int) -> list[str | None]:
+    """What the gates see of the memory in the ops that are run, None for nothing: all that the kernels serve."""
+    return [None, "mean", "read"] if size <= LARGEST_READ else [None, "mean"]
+
+
 def run(x: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs and gradients, of each content that the kernels serve."""
+    """Outputs and gradients, with each content."""
     found = []
-    for content in ("mean", "read") if x["q"].shape[-1] <= LARGEST_READ else ("mean",):
-        o, _ = chunk_carve(**x, content=content, content_norm="rms", backend="triton")
+    for content in contents(x["q"].shape[-1]):
+        blind = {name: y for name, y in x.items() if not name.startswith("p_")}
+        taken, options = (x, {"content": content, "content_norm": "rms"}) if content else (blind, {})
+        o, _ = chunk_carve(**taken, **options, backend="triton")
         weights = torch.sin(torch.arange(o.numel(), device=DEVICE)).view(o.shape)
-        found += [o.detach(), *torch.autograd.grad((o.float() * weights).sum(), list(x.values()))]
+        found += [o.detach(), *torch.autograd.grad((o.float() * weights).sum(), list(taken.values()))]
     return found
 
 
@@ -101,33 +111,33 @@ def launching(name: str, size: int, how: Launch) -> Iterator[None]:
         LAUNCHES[name][size] = before
 
 
-KEPT: dict[int, dict[str, Tensor]] = {}  # arguments that a compiling process has made
+@functools.lru_cache(1)
+def example(size: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Arguments, and a sample of what the present table makes of them."""
+    x = draw(size)
+    return x, sample(x)
 
 
-def try_candidate(candidate: Candidate, expected: list[Tensor]) -> str | None:
+def try_candidate(candidate: Candidate) -> str | None:
     """Compile and run it; what is wrong with it, or None."""
-    name, size, how = candidate
-    if size not in KEPT:
-        KEPT.clear()
-        KEPT[size] = draw(size)
     try:
-        with launching(name, size, how):
-            found = sample(KEPT[size])
+        x, expected = example(candidate[1])
+        with launching(*candidate):
+            found = sample(x)
     except Exception as error:  # too many registers, too much shared memory: whatever the compiler says
-        return str(error).splitlines()[0][:100]
+        return f"{type(error).__name__}: {error}".splitlines()[0][:100]
     right = all((y - z).norm() <= TOLERANCE * z.norm() for y, z in zip(found, expected, strict=True))
     return None if right else "wrong results"
 
 
 def milliseconds(candidate: Candidate, x: dict[str, Tensor]) -> float:
     """What the launches that a row of the table decides take together, of one forward and backward of each content."""
-    name, plain, marks = candidate[0], Plan.launch, []
-    kernel_name, gated = KERNELS[name]
+    plain, marks = Plan.launch, []
 
     def launch(plan: Plan, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         begin = mark()
         plain(plan, kernel, programs, *arguments, **constants)
-        if kernel.__name__ == kernel_name and gated in (None, constants.get("GATED")):
+        if row_of(kernel.__name__, constants) == candidate[0]:
             marks.append((begin, mark()))
 
     Plan.launch = launch  # type: ignore[method-assign]
@@ -168,24 +178,51 @@ def processes_with_room() -> int:
     return torch.cuda.mem_get_info()[0] // each
 
 
-def compile_all(found: list[Candidate], expected: dict[int, list[Tensor]], deadline: float) -> list[Candidate]:
+def serve(channel: Connection) -> None:
+    """Try what comes, up to the first that fails: it may leave the GPU or the arguments unfit for the next."""
+    wrong = None
+    while wrong is None:
+        wrong = try_candidate(channel.recv())
+        channel.send(wrong)
+
+
+def start() -> Connection:
+    """To a new process that serves."""
+    context = multiprocessing.get_context("spawn")
+    channel, other = context.Pipe()
+    context.Process(target=serve, args=(other,), daemon=True).start()
+    other.close()  # so that the channel ends with the process
+    return channel
+
+
+def compile_all(found: list[Candidate], deadline: float) -> list[Candidate]:
     """Those that work, the present table's first."""
     right = [(name, size, LAUNCHES[name][size]) for name, size in dict.fromkeys((c[0], c[1]) for c in found)]
+    left = [c for c in found if c not in right]
     processes = max(1, min((os.cpu_count() or 2) - 1, processes_with_room()))
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-    jobs = {pool.submit(try_candidate, c, expected[c[1]]): c for c in found if c not in right}
-    try:
-        for job in as_completed(jobs, timeout=max(1.0, deadline - time.monotonic())):
-            name, size, how = jobs[job]
-            if (wrong := job.result()) is None:
-                right.append(jobs[job])
+    idle: list[Connection] = []
+    busy: dict[Connection, Candidate] = {}
+    while (left or busy) and (seconds := deadline - time.monotonic()) > 0:
+        while left and len(busy) < processes:
+            channel = idle.pop() if idle else start()
+            busy[channel] = left.pop(0)
+            channel.send(busy[channel])
+        for channel in wait(list(busy), seconds):
+            name, size, how = candidate = busy.pop(channel)
+            try:
+                wrong = channel.recv()
+            except (EOFError, OSError):
+                wrong = "its process died"
+            if wrong is None:
+                right.append(candidate)
+                idle.append(channel)
             else:
                 print(f"{name} {size} {how}: {wrong}", flush=True)
-    except TimeoutError:
-        print(f"{sum(not job.done() for job in jobs)} candidates were not compiled in time", flush=True)
-    for process in pool._processes.values():
+    if late := len(left) + len(busy):
+        print(f"{late} candidates were not compiled in time", flush=True)
+    for process in multiprocessing.active_children():
         process.kill()
-    pool.shutdown(cancel_futures=True)
+        process.join()
     return right
 
 
@@ -193,13 +230,16 @@ def measure(sizes: list[int], minutes: float) -> list[dict[str, Any]]:
     """Times of all candidates, the fastest of each row first; the rows of `LAUNCHES` become the fastest."""
     deadline = time.monotonic() + 60 * minutes
     found = [(name, size, how) for size in sizes for name in LAUNCHES for how in candidates(name, size)]
-    expected = {size: sample(draw(size)) for size in sizes}
-    right = compile_all(found, expected, deadline)
+    for size in sizes:
+        run(draw(size))  # so that the other processes find the present table compiled
+    right = compile_all(found, deadline)
     records = []
     for size in sizes:
         x = draw(size)
         for name in LAUNCHES:
-            times = in_turns([c for c in right if c[:2] == (name, size)], x, 1)
+            ours = [c for c in right if c[:2] == (name, size)]
+            in_turns(ours, x, 1)  # not counted: it loads what other processes have compiled
+            times = in_turns(ours, x, 1)
             best = sorted(times, key=lambda c: times[c])[:FINAL]
             present = (name, size, LAUNCHES[name][size])
             times |= in_turns(list(dict.fromkeys([*best, present])), x, ROUNDS)
@@ -226,6 +266,23 @@ def table() -> str:
     return "LAUNCHES: dict[str, dict[int, Launch]] = {\n" + "".join(rows) + "}\n"
 
 
+def replace_table(text: str, new: str) -> str:
+    """portable.py's text with another table."""
+    text, found = re.subn(r"^LAUNCHES: .*?^}\n", lambda _: new, text, flags=re.DOTALL | re.MULTILINE)
+    if found != 1:
+        raise ValueError(f"portable.py has {found} tables LAUNCHES, expected one")
+    return text
+
+
+def merge(results: dict[str, Any], records: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    """Results by size; those that were not measured now keep what was measured before, and on what."""
+    new = {}
+    for size in dict.fromkeys(record["size"] for record in records):
+        launches = [record for record in records if record["size"] == size]
+        new[str(size)] = {**about, "contents": contents(size), "launches": launches}
+    return results | new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, help="32, 64, 128, 256")
@@ -237,17 +294,14 @@ def main() -> None:
         sys.exit("triton_table: no GPU, expected one to measure on")
     if not set(sizes) <= set(WARPS):
         sys.exit(f"triton_table: sizes are {sizes}, expected some of {', '.join(map(str, WARPS))}")
-    from gpu_op import system
+    from gpu_op import load, save, system
 
     records = measure(sizes, options.minutes)
-    shape = {"B": B, "T": T, "H": H, "R": R}
-    RESULTS.write_text(json.dumps({"system": system(), "shape": shape, "launches": records}) + "\n", encoding="utf-8")
+    about = {"system": system(), "shape": {"B": B, "T": T, "H": H, "R": R}}
+    save(merge(load(RESULTS), records, about), RESULTS)
     print(table())
     if options.write:
-        text = FILE.read_text(encoding="utf-8")
-        FILE.write_text(
-            re.sub(r"LAUNCHES: .*?\n}\n", lambda _: table(), text, count=1, flags=re.DOTALL), encoding="utf-8"
-        )
+        FILE.write_text(replace_table(FILE.read_text(encoding="utf-8"), table()), encoding="utf-8")
 
 
 if __name__ == "__main__":
