@@ -12,14 +12,25 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from carve.compare.plan import Plan, read_plan
-from carve.compare.report import NONE, Outcome, outcomes_of, over_seeds, signed, spread, table
+from carve.compare.report import (
+    NONE,
+    Outcome,
+    by_position,
+    outcomes_of,
+    over_seeds,
+    over_windows,
+    seeds_cell,
+    signed,
+    spread,
+    table,
+)
 from carve.compare.run import FACTS, read_speed
 from carve.compare.run import read_results as read_comparison
 from carve.evals.mixers import MIXERS
@@ -54,8 +65,8 @@ def perplexities(name: str) -> list[str]:
         count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
         cells = [spread([math.exp(y) for y in x.losses(text).values()], 1) for text in texts]
         speed = NONE if x.speed is None else f"{statistics.median(x.speed['tokens_per_second']) / 1e3:,.0f}"
-        rows.append([f"`{x.label}`", *cells, f"{count / 1e6:.2f}", speed])
-    return table(["mixer", *texts, "parameters, M", "1,000 tokens/s"], rows)
+        rows.append([f"`{x.label}`", *cells, f"{count / 1e6:.2f}", speed, seeds_cell(x)])
+    return table(["mixer", *texts, "parameters, M", "1,000 tokens/s", "seeds"], rows)
 
 
 def summary() -> list[str]:
@@ -68,18 +79,26 @@ def summary() -> list[str]:
     return table(["mixer", "parameters, M", "perplexity", "write-once, accuracy in %"], rows)
 
 
-def differences(name: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Loss of the first of a pair less that of the second, the mean over seeds and its interval."""
+def differences(name: str) -> list[str]:
+    """Loss of each mixer less that of the baseline, and what content adds, over the seeds that both have."""
     plan, found = comparison(name)
+    pairs = [(ours, plan.baseline) for ours in found] + [(ours, "carve-blind") for ours in ("carve-read", "carve-mean")]
     rows = []
     for ours, base in pairs:
-        cells = []
-        for text in ("validation", *plan.tests):
-            interval = over_seeds(found[ours], found[base], text)
-            assert interval is not None
-            cells.append(f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})")
-        rows.append([f"`{ours}` less `{base}`", *cells])
-    return table(["", "validation", *plan.tests], rows)
+        if ours == base or not {ours, base} <= set(found):
+            continue
+        seeds = len(found[ours].losses("validation").keys() & found[base].losses("validation").keys())
+        over, what = (over_seeds, f"{seeds} seeds") if seeds > 1 else (over_windows, "the text")
+        intervals = [over(found[ours], found[base], text) for text in ("validation", *plan.tests)]
+        cells = [NONE if x is None else f"{x[0]:+.3f} ({x[1]:+.3f} to {x[2]:+.3f})" for x in intervals]
+        rows.append([f"`{ours}` less `{base}`", *cells, what])
+    return table(["", "validation", *plan.tests, "interval over"], rows)
+
+
+def positions(name: str, text: str) -> list[str]:
+    """The same by what comes before a token, without intervals."""
+    plan, found = comparison(name)
+    return by_position(list(found.values()), found.get(plan.baseline), text)
 
 
 def contents(name: str) -> list[str]:
@@ -131,14 +150,15 @@ def accuracies() -> list[str]:
 
 # -- the pages --
 
-AGAINST_GDN2 = [(ours, "gdn2") for ours in ("carve-read", "carve-mean", "carve-blind", "kda")]
-AGAINST_BLIND = [(ours, "carve-blind") for ours in ("carve-read", "carve-mean")]
-
 BLOCKS = {
     "summary": summary,
     "small: perplexity": lambda: perplexities("small"),
-    "small: differences": lambda: differences("small", AGAINST_GDN2 + AGAINST_BLIND),
+    "small: differences": lambda: differences("small"),
     "small: content": lambda: contents("small"),
+    "language: perplexity": lambda: perplexities("language"),
+    "language: differences": lambda: differences("language"),
+    "language: positions": lambda: positions("language", "test"),
+    "language: content": lambda: contents("language"),
     "probes": accuracies,
 }
 

@@ -1,5 +1,6 @@
 """The pages of results say what the raw results say."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -33,3 +34,15 @@ def test_a_number_that_was_changed_by_hand_is_found(results: ModuleType, tmp_pat
     results.PAGES = [page]
     with pytest.raises(SystemExit, match=r"results\.md is out of date"):
         results.main()
+
+
+def test_one_seed_of_two_mixers_is_shown_as_that(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, found = results.comparison("small")
+    some = {x: dataclasses.replace(found[x], seeds={0: found[x].seeds[0]}) for x in ("carve-read", "gdn2")}
+    monkeypatch.setattr(results, "comparison", lambda name: (plan, some))
+    rows = results.perplexities("small")[2:]
+    assert len(rows) == 2
+    assert all(row.endswith("| 1 of 3 |") and "±" not in row for row in rows)
+    [difference] = results.differences("small")[2:]
+    assert difference.startswith("| `carve-read` less `gdn2` | +0.0")
+    assert difference.endswith("| the text |")
