@@ -87,9 +87,9 @@ def chunk_carve(
             which waits for the GPU, or never where nothing can be read (`torch.compile`, capture of a CUDA graph):
             there boundaries that do not fit end the process with an assertion on the device.
         backend: `"cuda"` for fused kernels (K and V of 64 or 128, bf16 or fp16, R of at most 16), `"triton"` for
-            portable ones (K and V multiples of 16 up to 256, or 128 with "read"; float32 too; R of at most 32),
-            `"torch"`, or `"auto"` for the fastest that serves the inputs. On a GPU "auto" warns, once a reason, where
-            that is not "cuda"; the environment variable CARVE_STRICT=1 makes it an error.
+            portable ones (K and V multiples of 16 up to 256; float32 too; R of at most 64), `"torch"`, or `"auto"` for
+            the fastest that serves the inputs. On a GPU "auto" warns, once a reason, where that is not "cuda"; the
+            environment variable CARVE_STRICT=1 makes it an error.
 
     Returns:
         o `[B, T, HV, V]` in v's dtype, and the final state or None.

@@ -72,6 +72,37 @@ def add_up(x, which, LOW: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def unsee_memory(
+    zt,
+    roots,
+    d_logits,
+    d_write_logits,
+    p_up,
+    p_write,
+    head,
+    R,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    RMS: tl.constexpr,
+    LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient `[BR, 16]` of the content of 16 tokens before its norm, from those of the gates' logits, `[BK, 16]` and
+    `[16]`; zt, roots: of `read_memory`."""
+    dzt = zt * 0.0
+    if p_up is not None:
+        up = load_up(p_up, head, tl.arange(0, BK), R, K, BR).to(LOW)
+        # the other way round, [BR, BK] x [BK, 16], is a product that ptxas 12.8 gave the wrong operand at BR = 64
+        dzt = tl.trans(tl.dot(tl.trans(d_logits.to(LOW)), tl.trans(up), input_precision=PRECISION))
+    if p_write is not None:
+        dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
+    if RMS:
+        dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
+    return dzt * roots[None, :]
+
+
+@triton.jit
 def unpass_block(
     dSt,
     d_sum,
@@ -343,15 +374,9 @@ def reverse_blocks(
             else:
                 b_k = tl.load(k + o_key, mask=k_mask, other=0.0).to(LOW)
                 zt, roots = read_memory(b_k, Z_low, R, RMS, PRECISION)
-                dzt = zt * 0.0
-                if p_up is not None:
-                    up = load_up(p_up, head, o_k, R, K, BR).to(LOW)
-                    dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
-                if p_write is not None:
-                    dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
-                if RMS:
-                    dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
-                dzt = dzt * roots[None, :]
+                dzt = unsee_memory(
+                    zt, roots, d_logits, d_write_logits, p_up, p_write, head, R, K, BK, BR, RMS, LOW, PRECISION
+                )
                 dZ = tl.dot(tl.trans(b_k), tl.trans(dzt.to(LOW)), dZ, input_precision=PRECISION)
                 if (token == start) & (chunk > 0):
                     before = (chunk_slot + chunk - 1) * HV + head
@@ -600,16 +625,12 @@ def differentiate_keys(
             tl.store(de + o_out, d_logits.to(de.dtype.element_ty), mask=held)
             dkt += dbt * b + d_out * outward
             if CONTENT == 2:
-                dzt = zt * 0.0
-                if p_up is not None:
-                    up = load_up(p_up, head, o_k, R, K, BR).to(LOW)
-                    dzt = tl.dot(up, d_logits.to(LOW), input_precision=PRECISION)
-                if p_write is not None and dw is not None:
-                    d_write_logits = tl.load(dw + (token + rows) * HV + head, mask=kept, other=0.0)
-                    dzt += load_write(p_write, head, R, BR)[:, None] * d_write_logits[None, :]
-                if RMS:
-                    dzt = dzt - zt * (tl.sum(zt * dzt, 0) / R)[None, :]
-                dzt = dzt * roots[None, :]
+                d_write_logits = tl.zeros([16], tl.float32)
+                if dw is not None:
+                    d_write_logits += tl.load(dw + (token + rows) * HV + head, mask=kept, other=0.0)
+                dzt = unsee_memory(
+                    zt, roots, d_logits, d_write_logits, p_up, p_write, head, R, K, BK, BR, RMS, LOW, PRECISION
+                )
                 dkt = tl.dot(Z, dzt.to(LOW), dkt, input_precision=PRECISION)
             tl.store(dk + o_out, dkt.to(dk.dtype.element_ty), mask=held)
             if CONTENT > 0:
