@@ -211,15 +211,15 @@ def tables(results: dict[str, Any]) -> None:
         figure, axes = plt.subplots(1, len(MAIN), figsize=(12, 3.5), layout="constrained")
         for shape, axis in zip(MAIN, axes, strict=True):
             rows = [row for row in found["rows"] if (row["batch"], row["length"]) == (shape.batch, shape.length)]
-            title = f"B {shape.batch}, T {shape.length}, H 16, K = V = 128"
-            print(f"{title}\n\n{markdown(shape, rows, limits)}\n")
+            title = f"B {shape.batch}, T {shape.length}"
+            print(f"{title}, H 16, K = V = 128\n\n{markdown(shape, rows, limits)}\n")
             names = [row["name"] for row in rows]
             axis.barh(names, [row["both_ms"] for row in rows], color="#9db4c0", label="forward + backward")
             axis.barh(names, [row["forward_ms"] for row in rows], color="#253237", label="forward")
             axis.set(title=title, xlabel="ms")
             axis.invert_yaxis()
-        axes[0].legend()
-        figure.suptitle(f"{results['system']['device']}, bf16, medians")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(f"{results['system']['device']}, bf16, H 16, K = V = 128, medians")
         figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
     if "decode" in results:
         print("| decode, us a step (share of copy bandwidth) | " + " | ".join(f"B {B}" for B in BATCHES) + " |")
