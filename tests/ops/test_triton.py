@@ -370,7 +370,7 @@ def test_chunk_sizes(content: str | None, C: int) -> None:
 @pytest.mark.parametrize("content", ["mean", "read"])
 @pytest.mark.parametrize(("size", "R"), [(64, 7), (64, 17), (64, 40), (64, 64), (128, 64), (256, 64)])
 def test_ranks(content: str, size: int, R: int) -> None:
-    assert_as_exact(draw([200], R=R, K=size, V=size, content=content, decay="mixed"))
+    assert_as_exact(draw([200], R=R, K=size, V=size, content=content))
 
 
 @pytest.mark.gpu
