@@ -224,6 +224,17 @@ class PackedDataset(Dataset):
         }
 
 
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Items of `PackedDataset` as a batch, `[B, seq_len]` each.
+
+    Without `position_ids` if no document begins inside a row: on a GPU a model would have to wait to find that out.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    if (batch["position_ids"][:, -1] == batch["position_ids"].shape[1] - 1).all():
+        del batch["position_ids"]
+    return batch
+
+
 def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[PackedDataset, PackedDataset]:
     """The sequences for training and, of the last share of the text, for validation.
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import TrainConfig, replace_text
-from carve.train.data import split_rows, tokenise
+from carve.train.data import collate, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
@@ -101,7 +101,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         train_dataset=training,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=default_data_collator,  # the tokenizer's would pad, through lists: 60 ms for 64k tokens
+        data_collator=collate,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
@@ -228,6 +228,10 @@ class CarveTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if p not in content]
                     optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
         return optimizer
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """As Trainer does, which puts the number on the device to add it up, and waits for all that runs there."""
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:

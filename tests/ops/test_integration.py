@@ -481,6 +481,18 @@ def test_any_stream_and_any_thread() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_gpu_that_is_not_the_current_one(backend: str) -> None:
+    x = on_gpu(make(2, 300))
+    expected = differentiate(x, backend=backend)
+    found = differentiate({name: y.to("cuda:1") for name, y in x.items()}, backend=backend)
+    assert all(y.device.index == 1 for y in found)
+    assert_same([y.to("cuda:0") for y in found], expected)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
 def test_boundaries_on_either_device() -> None:
     """On a GPU they are read once, and again when they have changed."""
     x = on_gpu(make(1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from carve.train.data import PackedDataset, find_files, read_texts, split_rows, tokenise
+from carve.train.data import PackedDataset, collate, find_files, read_texts, split_rows, tokenise
 from carve.train.tokenizer import byte_tokenizer
 
 TEXTS = ["first document", "the second, ünïcode ☃", "x"]
@@ -124,6 +124,20 @@ def test_packing_keeps_documents_apart(folder, tmp_path):
         begin = max(start for start in starts | {i // 10 * 10} if start <= i)
         assert position == i - begin
         assert label == (-100 if i in starts else ids[i].item())
+
+
+def test_a_batch_has_positions_only_where_a_document_begins_inside_a_row(folder, tmp_path):
+    tokens = tokenise(str(folder), byte_tokenizer(), tmp_path / "cache")
+    rows = PackedDataset(tokens, 4, range(len(tokens.ids) // 4))
+    inside = [any(4 * i < start < 4 * i + 4 for start in tokens.starts) for i in range(len(rows))]
+    found = set()
+    for i in range(len(rows) - 1):
+        batch = collate([rows[i], rows[i + 1]])
+        found.add("position_ids" in batch)
+        assert ("position_ids" in batch) == (inside[i] or inside[i + 1])
+        for name, x in batch.items():
+            assert torch.equal(x[1], rows[i + 1][name])
+    assert found == {False, True}
 
 
 def test_split_holds_out_the_last_share(tmp_path):
