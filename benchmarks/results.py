@@ -23,11 +23,11 @@ from carve.compare.report import (
     NONE,
     Outcome,
     by_position,
+    contents,
     outcomes_of,
     over_seeds,
     over_windows,
     seeds_cell,
-    signed,
     spread,
     table,
 )
@@ -101,24 +101,9 @@ def positions(name: str, text: str) -> list[str]:
     return by_position(list(found.values()), found.get(plan.baseline), text)
 
 
-def contents(name: str) -> list[str]:
+def content_terms(name: str) -> list[str]:
     """What the content term does in the trained models, on validation."""
-    rows = []
-    for x in comparison(name)[1].values():
-        kept = [result for result in x.seeds.values() if result.get("content")]
-        if kept:
-            off, swapped = [], []
-            for result in kept:
-                whole, content = result["texts"]["validation"], result["content"]
-                off.append((content["off"]["nats"] - whole["nats"]) / whole["tokens"])
-                swapped.append((content["swapped"]["other"] - content["swapped"]["own"]) / content["swapped"]["tokens"])
-            moved = [
-                [y for result in kept for layer in result["content"]["gates"] for y in layer[gate] or []]
-                for gate in ("erase_shift", "write_shift")
-            ]
-            rows.append([f"`{x.label}`", signed(off), signed(swapped)])
-            rows[-1] += [f"{statistics.fmean(y):.3f} ({max(y):.3f})" if y else NONE for y in moved]
-    return table(["mixer", "content off", "content of another text", "erase gate moved", "write gate moved"], rows)
+    return contents(list(comparison(name)[1].values()))
 
 
 # -- probes --
@@ -154,11 +139,11 @@ BLOCKS = {
     "summary": summary,
     "small: perplexity": lambda: perplexities("small"),
     "small: differences": lambda: differences("small"),
-    "small: content": lambda: contents("small"),
+    "small: content": lambda: content_terms("small"),
     "language: perplexity": lambda: perplexities("language"),
     "language: differences": lambda: differences("language"),
     "language: positions": lambda: positions("language", "test"),
-    "language: content": lambda: contents("language"),
+    "language: content": lambda: content_terms("language"),
     "probes": accuracies,
 }
 

@@ -127,7 +127,15 @@ def write_report(plan: Plan, results: Results, speed: Mapping[str, Any], stem: P
         for text in texts:
             page += differences(some, base, text)
         page += by_position(some, base, texts[min(1, len(texts) - 1)])
-        page += contents(some)
+        if used := contents(some):
+            page += [
+                "",
+                "What the trained content term does, on validation: the rise of the loss, in nats a token, when it is "
+                "switched off or taken from another text; and how far it moves the gates of a head on average "
+                "(largest: of any head).",
+                "",
+                *used,
+            ]
     page += rates(plan, results)
     first = outcomes[plan.matching[0]]
     pictures = {
@@ -261,35 +269,26 @@ def position_losses(x: Outcome, text: str, place: str) -> dict[tuple[int, int], 
 
 
 def contents(some: Sequence[Outcome]) -> list[str]:
-    """What the trained content term does, on validation text."""
+    """What the trained content term does, on validation text, of those that have one."""
     rows = []
     for x in some:
-        reports = [result["content"] for result in x.seeds.values() if result.get("content")]
-        if not reports:
+        kept = [result for result in x.seeds.values() if result.get("content")]
+        if not kept:
             continue
-        whole = {seed: result["texts"]["validation"] for seed, result in x.seeds.items() if result.get("content")}
-        off = [(r["off"]["nats"] - w["nats"]) / w["tokens"] for r, w in zip(reports, whole.values(), strict=True)]
-        swapped = [
-            (r["swapped"]["other"] - r["swapped"]["own"]) / r["swapped"]["tokens"] for r in reports if r["swapped"]
-        ]
+        off, swapped = [], []
+        for result in kept:
+            whole, content = result["texts"]["validation"], result["content"]
+            off.append((content["off"]["nats"] - whole["nats"]) / whole["tokens"])
+            if pairs := content["swapped"]:
+                swapped.append((pairs["other"] - pairs["own"]) / pairs["tokens"])
         moved = [
-            [y for report in reports for layer in report["gates"] for y in layer[gate] or []]
+            [y for result in kept for layer in result["content"]["gates"] for y in layer[gate] or []]
             for gate in ("erase_shift", "write_shift")
         ]
-        cells = [signed(off), signed(swapped)]
-        cells += [f"{statistics.fmean(y):.4f} (largest {max(y):.4f})" if y else NONE for y in moved]
-        rows.append([x.label, *cells])
-    if not rows:
-        return []
-    head = ["mixer", "content off", "content of another sequence", "erase gate moved by", "write gate moved by"]
-    return [
-        "",
-        "What the trained content term does, on validation: the rise of the loss, in nats a token, when it is "
-        "switched off or taken from another sequence; and how far it moves the gates of a head on average (largest: "
-        "of any head).",
-        "",
-        *table(head, rows),
-    ]
+        cells = [f"{statistics.fmean(y):.3f} (largest {max(y):.3f})" if y else NONE for y in moved]
+        rows.append([x.label, signed(off), signed(swapped), *cells])
+    head = ["mixer", "content off", "content of another text", "erase gate moved", "write gate moved"]
+    return table(head, rows) if rows else []
 
 
 def signed(numbers: Sequence[float]) -> str:
