@@ -38,7 +38,7 @@ from carve import CarveConfig, CarveForCausalLM, CarveMixer
 from carve.bench import Run, Shape, ceilings, draw, floor_bytes, peak_memory, take_turns
 from carve.mixer import GatedRMSNorm, ShortConvolution
 from carve.ops import chunk_carve
-from carve.ops.kernels.cuda import unit
+from carve.ops.kernels.operator import unit
 
 try:
     from fla.modules.causal_conv1d import causal_conv1d

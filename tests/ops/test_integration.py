@@ -6,6 +6,7 @@ that lies around them is as it is on a GPU. The tests behind are of the GPU alon
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from carve import CarveMixer
 from carve.mixer import MixerState
 from carve.ops import CarveState, api, chunk_carve
-from carve.ops.kernels import cuda
+from carve.ops.kernels import cuda, operator
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent
 from tests.ops.cases import assert_close
 
@@ -180,8 +181,12 @@ def test_the_path_of_the_kernels_is_the_recurrence(content: str, packed: bool) -
 def test_the_operators_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, shapes without values, autograd, and tracing with shapes left open."""
     calls: list[tuple[Any, ...]] = []
-    forward = cuda.forward
-    monkeypatch.setattr(cuda, "forward", lambda *arguments: (calls.append(arguments), forward(*arguments))[1])
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        calls.append(arguments)
+        return cuda.forward(*arguments)
+
+    monkeypatch.setattr(cuda, "fused", partial(operator.run_sequences, forward))
     leaves = {name: y.requires_grad_() for name, y in make(1, 5).items()}
     _, state = chunk_carve(**leaves, **OPTIONS, output_final_state=True)
     assert state is not None
@@ -192,7 +197,7 @@ def test_the_operators_are_what_they_say(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         chunk_carve(**leaves | dict.fromkeys(("p_down", "p_up", "p_write")), **OPTIONS)
     for arguments in calls[1:]:
-        torch.library.opcheck(forward, arguments)
+        torch.library.opcheck(cuda.forward, arguments)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -340,7 +345,7 @@ def test_the_unit_norm_is_rounded_once_and_keeps_nothing_wide() -> None:
     x = make()["q"].requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda y: (kept.append(y), y)[1], lambda y: y):
-        y = cuda.unit(x)
+        y = operator.unit(x)
     assert max(z.numel() for z in kept if z.dtype == torch.float32) == x[..., :1].numel()
     wide = x.detach().double().requires_grad_()
     expected = wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -1,5 +1,7 @@
 """GPU kernels of the chunk form and of the decode step, and what compiles and launches them.
 
 `forward.cu`, `reverse.cu`, `gradients.cu` and `decode.cu` hold one kernel each, headed by what they share (`*.cuh`);
-`compiler.py` compiles them at first use; `cuda.py` and `decode.py` make torch operators of them.
+`compiler.py` compiles them at first use; `cuda.py` and `decode.py` make torch operators of them. `triton_forward.py`
+and `triton_backward.py` hold the portable kernels, of which `portable.py` makes operators. `operator.py` is what the
+two have in common.
 """

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from carve.ops.kernels import compiler
-from carve.ops.kernels.cuda import CONTENTS, facts
+from carve.ops.kernels.cuda import facts
+from carve.ops.kernels.operator import CONTENTS
 from carve.ops.recurrence import Options, Projections, Tokens
 from carve.ops.state import CarveState, each
 

@@ -9,6 +9,7 @@ In Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same 
 """
 
 import contextlib
+import functools
 import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any, ContextManager, List  # noqa: UP035
@@ -16,8 +17,8 @@ from typing import Any, ContextManager, List  # noqa: UP035
 import torch
 from torch import Tensor
 
-from carve.ops.kernels.cuda import CONTENTS, Inputs, needs_gradient, sum_groups, unit
-from carve.ops.recurrence import Options, Projections, Tokens, close_chunk
+from carve.ops.kernels.operator import CONTENTS, Inputs, run_sequences, sum_groups
+from carve.ops.recurrence import Options, Projections, Tokens
 from carve.ops.state import CarveState, each
 
 STEP, LARGEST = 16, 256  # K and V are multiples of STEP up to LARGEST
@@ -475,44 +476,4 @@ def refuse_second_derivative(ctx: Any, *_: Any) -> None:
 backward.register_autograd(refuse_second_derivative)
 
 
-# -- what the public op calls --
-
-
-def fused(
-    x: Tokens, p: Projections, state: CarveState | None, options: Options, cu_seqlens: Tensor | None, final: bool
-) -> tuple[Tensor, CarveState | None]:
-    """Run N sequences; `why_not` has nothing against the arguments.
-
-    Args:
-        x: inputs, `[B, T, ...]`: B sequences of T tokens, or one row of N packed sequences.
-        p: content projections in float32.
-        state: the state before the first tokens; None for zeros.
-        cu_seqlens: `[N + 1]`, int32 or int64, of packed sequences, or None.
-        final: whether to return the state after the last tokens.
-
-    Returns:
-        o `[B, T, HV, V]` in v's dtype, and the state after the last tokens or None.
-    """
-    device, kind = x.v.device, options.content or "blind"
-    q, k = (unit(x.q), unit(x.k)) if options.qk_l2norm else (x.q, x.k)
-    tokens = each(Tensor.contiguous, (q, k, x.v, x.g.float(), x.e, None if x.w is None else x.w.float()))
-    bounds = None if cu_seqlens is None else cu_seqlens.to(device, torch.int64).contiguous()
-    memory, content, content_sum, position = (None,) * 4 if state is None else each(Tensor.contiguous, state)
-    inputs = Inputs(*tokens, *each(Tensor.contiguous, p), bounds, position)  # type: ignore[call-arg]
-    save = needs_gradient([*tokens, *p, memory, content, content_sum])
-    top = 2.0 if options.allow_neg_eigval else 1.0
-    rms = options.content_norm == "rms"
-    o, *ends = forward(
-        *inputs, memory, content, content_sum, kind, rms, options.chunk_size, options.scale, top, final, save
-    )[:4]
-    if not final:
-        return o, None
-    lengths = x.v.new_full((x.v.shape[0],), x.v.shape[1], dtype=torch.int64) if bounds is None else bounds.diff()
-    seen = lengths if position is None else position + lengths
-    full = (seen % options.chunk_size == 0) & (lengths > 0)
-    memory, content, content_sum = ends
-    content = None if kind == "blind" else content
-    content_sum = content_sum if kind == "mean" else None
-    with torch.autocast(device.type, enabled=False):
-        content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
-    return o, CarveState(memory, content, content_sum, seen % options.chunk_size)
+fused = functools.partial(run_sequences, forward)  # what the public op calls
