@@ -80,6 +80,32 @@ DEVICE void set_own_columns(Matrix<K> x, int row, const Floats& y) {
   *(Pairs*)x.at(row, OWN * lane()) = pairs;
 }
 
+// A block's log-decays added up, in powers of 2, of a lane's columns; returns whether the block is strong.
+template <typename Slot> DEVICE bool add_up_decays(Slot slot, Floats (&G)[BLOCK]) {
+  const auto g = [&](int t) -> const Floats& { return (const Floats&)slot.G(t, OWN * lane()); };
+  float lowest = 0;
+#pragma unroll
+  for (int t = 0; t < BLOCK; ++t) G[t] = g(t);
+#pragma unroll
+  for (int c = 0; c < OWN; ++c) {
+    float sum = 0;
+#pragma unroll
+    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + LOG2_E * G[t].x[c];
+    lowest = fminf(lowest, sum);
+  }
+  const bool strong = any_lane(lowest < -MILD);
+  if (lane() == 0) slot.set_strong(strong);
+  if (strong) {
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) {
+      float sum = 0;  // anew, so that differences of sums stay finite
+#pragma unroll
+      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + at_least(LOG2_E * g(t).x[c], GONE);
+    }
+  }
+  return strong;
+}
+
 // x: a column of T = (I + A)^-1 of a block, by forward substitution in fp32.  A: its columns, 16 numbers each.
 DEVICE void solve(float (&x)[BLOCK], const float* A, int column) {
 #pragma unroll

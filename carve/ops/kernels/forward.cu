@@ -198,29 +198,11 @@ DEVICE void prepare_block(Slot slot, float scale) {
       for (int c = 0; c < OWN; ++c) e.x[c] = exp2_(-LOG2_E * e.x[c]);
       set_own_columns(slot.e(), t, e);
     }
-  const auto g = [&](int t) -> Floats& { return (Floats&)slot.G(t, OWN * lane()); };
   Floats G[BLOCK];
-  float lowest = 0;
-#pragma unroll
-  for (int t = 0; t < BLOCK; ++t) G[t] = g(t);
-#pragma unroll
-  for (int c = 0; c < OWN; ++c) {
-    float sum = 0;
-#pragma unroll
-    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + LOG2_E * G[t].x[c];
-    lowest = fminf(lowest, sum);
-  }
-  const bool strong = any_lane(lowest < -MILD);
-  if (lane() == 0) slot.set_strong(strong);
+  const bool strong = add_up_decays(slot, G);
   if (strong) {
 #pragma unroll
-    for (int c = 0; c < OWN; ++c) {
-      float sum = 0;  // anew, so that differences of sums stay finite
-#pragma unroll
-      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + at_least(LOG2_E * g(t).x[c], GONE);
-    }
-#pragma unroll
-    for (int t = 0; t < BLOCK; ++t) g(t) = G[t];
+    for (int t = 0; t < BLOCK; ++t) (Floats&)slot.G(t, OWN * lane()) = G[t];
     warp_sync();
     multiply_queries_strong(slot, scale);
   }

@@ -209,27 +209,9 @@ DEVICE void solve_block(Slot slot) {
 
 // Turns a block's inputs into what the workers need, by one warp; a lane has OWN columns.  shift: of its erase logits.
 DEVICE void prepare_block(Slot slot, const Floats& shift, float write_shift, float scale, float top, bool has_w) {
-  const auto g = [&](int t) -> const Floats& { return (const Floats&)slot.G(t, OWN * lane()); };
   Floats G[BLOCK];
-  float lowest = 0;
-#pragma unroll
-  for (int t = 0; t < BLOCK; ++t) G[t] = g(t);
-#pragma unroll
-  for (int c = 0; c < OWN; ++c) {
-    float sum = 0;
-#pragma unroll
-    for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + LOG2_E * G[t].x[c];
-    lowest = fminf(lowest, sum);
-  }
-  const bool strong = any_lane(lowest < -MILD);
-  if (lane() == 0) slot.set_strong(strong);
+  const bool strong = add_up_decays(slot, G);
   if (strong) {
-#pragma unroll
-    for (int c = 0; c < OWN; ++c) {
-      float sum = 0;  // anew, so that differences of sums stay finite
-#pragma unroll
-      for (int t = 0; t < BLOCK; ++t) G[t].x[c] = sum = sum + at_least(LOG2_E * g(t).x[c], GONE);
-    }
     multiply_block_pair_by_pair(slot, shift, scale, top);
   }
   const Floats G_16 = G[BLOCK - 1];
