@@ -39,6 +39,9 @@ class LayerGates:
         keep: `exp(g)`, mean over key channels: the share of memory that outlives the token.
         erase_shift: `|b - b without content|`, mean over key channels; None in a layer without content.
         write_shift: `|a - a without content|`; None where the write gate does not see the content.
+        same: `[HV]`, of what the content adds to the erase logits, the share (of its mean square) that is the same for
+            every token: no more than a bias. None without content, or if no token sees any.
+        beside: `[HV]`, the standard deviation over tokens of what it adds, over that of the token's own logits.
     """
 
     index: int
@@ -49,6 +52,8 @@ class LayerGates:
     keep: np.ndarray
     erase_shift: np.ndarray | None
     write_shift: np.ndarray | None
+    same: np.ndarray | None
+    beside: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,13 @@ def inspect_checkpoint(checkpoint: str | os.PathLike[str], text: str, out: str |
     draw_gates(trace, out, title=f"{os.fspath(checkpoint)} over {len(trace.tokens):,} tokens")
     for index, kind in trace.skipped:
         print(f"left out layer {index}: {kind} has no such gates")
+    for layer in trace.layers:
+        if layer.same is not None and layer.beside is not None:
+            same, beside = (", ".join(f"{y:.0%}" for y in x) for x in (layer.same, layer.beside))
+            print(
+                f"layer {layer.index}, by head: {same} of what the content adds to the erase logits is the same for "
+                f"every token; it varies {beside} as much as the token's own logits"
+            )
     print(f"wrote {os.fspath(out)}: {len(trace.layers)} layers, {len(trace.tokens):,} tokens")
 
 
@@ -154,6 +166,13 @@ def _layer_gates(index: int, layer_type: str, mixer: CarveMixer, x: torch.Tensor
     def array(y: torch.Tensor) -> np.ndarray:
         return (y.mean(-1) if y.dim() == 4 else y)[0, first:].float().cpu().numpy()
 
+    same = beside = None
+    if mixer.p_down is not None and x.shape[1] > mixer.chunk_size:
+        seeing, blind = (y[0, mixer.chunk_size :].double() / (1 + mixer.allow_neg_eigval) for y in (b, b_blind))
+        own = torch.logit(blind, 1e-6)  # [T - C, HV, K]
+        added = torch.logit(seeing, 1e-6) - own
+        same = share(added.mean(0).square().sum(-1), added.square().mean(0).sum(-1))
+        beside = share(*(y.var(0, correction=0).sum(-1).sqrt() for y in (added, own)))
     return LayerGates(
         index=index,
         layer_type=layer_type,
@@ -163,7 +182,14 @@ def _layer_gates(index: int, layer_type: str, mixer: CarveMixer, x: torch.Tensor
         keep=array(keep),
         erase_shift=None if mixer.p_down is None else array((b - b_blind).abs()),
         write_shift=None if mixer.p_write is None or a is None or a_blind is None else array((a - a_blind).abs()),
+        same=same,
+        beside=beside,
     )
+
+
+def share(part: torch.Tensor, whole: torch.Tensor) -> np.ndarray:
+    """part / whole, 0 of nothing."""
+    return torch.where(part > 0, part / whole, 0).float().cpu().numpy()
 
 
 # -- the picture -------------------------------------------------------------------------------------

@@ -138,9 +138,10 @@ def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: P
 
 
 def test_inspect_draws_and_says_what_it_left_out(carve: Carve, checkpoint: Path, tmp_path: Path) -> None:
-    outcome = carve("inspect", checkpoint, "--prompt", "def f():", "--out", tmp_path / "gates.png")
+    outcome = carve("inspect", checkpoint, "--prompt", "def f(): return 1", "--out", tmp_path / "gates.png")
     assert outcome.code == 0, outcome.err
     assert "left out layer 1: sliding_attention has no such gates" in outcome.out
+    assert "layer 0, by head: 0% of what the content adds to the erase logits is the same" in outcome.out  # nothing yet
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 

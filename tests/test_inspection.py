@@ -69,6 +69,26 @@ def test_the_trace_is_of_the_gates_that_the_model_applies(special: dict[str, str
     assert (np.abs(first.erase - blind.erase) <= first.erase_shift + ROUNDING).all()
 
 
+@pytest.mark.parametrize("neg", [False, True])
+def test_what_the_content_adds_to_the_logits(neg: bool) -> None:
+    """The "mean" adds the same to all tokens of a chunk: to all that see any, as long as that is one chunk."""
+    model = make_model(["carve"], content="mean", allow_neg_eigval=neg)
+    assert trace_gates(model, make_tokenizer(), "x" * 8).layers[0].same is None
+    one, more = (trace_gates(model, make_tokenizer(), text).layers[0] for text in (TEXT[:16], TEXT))
+    np.testing.assert_allclose(one.same, 1, atol=ROUNDING)
+    np.testing.assert_allclose(one.beside, 0, atol=1e-3)
+    assert ((more.same > 0) & (more.same < 1 - 1e-3)).all()
+    assert (more.beside > 1e-3).all()
+    found = []
+    for factor in (0.01, 2):  # so little that the memory stays what it is
+        with torch.no_grad():
+            model.model.layers[0].mixer.p_up *= factor
+        found.append(trace_gates(model, make_tokenizer(), TEXT).layers[0])
+    once, twice = found
+    np.testing.assert_allclose(twice.same, once.same, rtol=0.02)
+    np.testing.assert_allclose(twice.beside, 2 * once.beside, rtol=0.02)
+
+
 def test_surprise_is_the_loss_of_the_model_in_bits() -> None:
     model, tokenizer = make_model(["carve"]), make_tokenizer()
     trace = trace_gates(model, tokenizer, TEXT)

@@ -127,6 +127,8 @@ class Measure:
                 "erase": by_head(layer.erase[at:]),
                 "erase_shift": by_head(layer.erase_shift[at:]),
                 "write_shift": None if layer.write_shift is None else by_head(layer.write_shift[at:]),
+                "same": None if layer.same is None else rounded(layer.same),
+                "beside": None if layer.beside is None else rounded(layer.beside),
             }
             for layer in trace.layers
             if layer.erase_shift is not None and len(layer.erase_shift) > at
@@ -189,7 +191,11 @@ def binned(scores: Sequence[np.ndarray]) -> list[list[Any]]:
 def by_head(x: np.ndarray | None) -> list[float]:
     """The mean over tokens, `[T, HV]` -> `[HV]`."""
     assert x is not None
-    return [round(float(y), 6) for y in x.mean(0)]
+    return rounded(x.mean(0))
+
+
+def rounded(x: np.ndarray) -> list[float]:
+    return [round(float(y), 6) for y in x]
 
 
 @contextmanager

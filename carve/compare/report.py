@@ -131,8 +131,9 @@ def write_report(plan: Plan, results: Results, speed: Mapping[str, Any], stem: P
             page += [
                 "",
                 "What the trained content term does, on validation: the rise of the loss, in nats a token, when it is "
-                "switched off or taken from another text; and how far it moves the gates of a head on average "
-                "(largest: of any head).",
+                "switched off or taken from another text; how far it moves the gates of a head on average (largest: "
+                "of any head); of what it adds to the erase gates' logits, the share that is the same for every token, "
+                "and how much it varies beside the token's own logits (means over heads).",
                 "",
                 *used,
             ]
@@ -281,14 +282,18 @@ def contents(some: Sequence[Outcome]) -> list[str]:
             off.append((content["off"]["nats"] - whole["nats"]) / whole["tokens"])
             if pairs := content["swapped"]:
                 swapped.append((pairs["other"] - pairs["own"]) / pairs["tokens"])
-        moved = [
-            [y for result in kept for layer in result["content"]["gates"] for y in layer[gate] or []]
-            for gate in ("erase_shift", "write_shift")
+        layers = [layer for result in kept for layer in result["content"]["gates"]]
+        names = ("erase_shift", "write_shift", "same", "beside")
+        heads = {name: [y for layer in layers for y in layer.get(name) or []] for name in names}
+        cells = [
+            f"{statistics.fmean(y):.3f} (largest {max(y):.3f})" if (y := heads[name]) else NONE for name in names[:2]
         ]
-        cells = [f"{statistics.fmean(y):.3f} (largest {max(y):.3f})" if y else NONE for y in moved]
+        cells += [f"{statistics.fmean(y):.0%}" if (y := heads[name]) else NONE for name in names[2:]]
         rows.append([x.label, signed(off), signed(swapped), *cells])
     head = ["mixer", "content off", "content of another text", "erase gate moved", "write gate moved"]
-    return table(head, rows) if rows else []
+    head += ["the same for all tokens", "beside the token's own"]
+    known = [i for i in range(len(head)) if any(row[i] != NONE for row in rows)]
+    return table([head[i] for i in known], [[row[i] for i in known] for row in rows]) if rows else []
 
 
 def signed(numbers: Sequence[float]) -> str:
