@@ -13,11 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")  # which has no wheels but for Linux
 
+from triton import language as tl
 from triton.runtime import interpreter
 
 from carve.ops import CarveState, chunk_carve, recurrent_carve
@@ -53,6 +55,37 @@ def scalars_count(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_and_mend)
+
+
+@pytest.fixture
+def low_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter, too, multiplies bfloat16 as a GPU does: rounded to the nearest, added up in float32."""
+    if DEVICE != "cpu":
+        return
+    convert, begin = interpreter._convert_float, portable.Plan.__init__
+
+    def widen(x: np.ndarray) -> np.ndarray:  # a bfloat16 is kept as the upper half of a float32
+        return (x.astype(np.uint32) << 16).view(np.float32)
+
+    def convert_well(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return widen(x.view(np.uint16)).view(np.uint32)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return torch.from_numpy(x.view(np.float32).copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        return convert(x, source, target, mode)
+
+    def multiply(_: Any, a: Any, b: Any, to: Any, *__: Any) -> Any:
+        a, b = (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        with np.errstate(invalid="ignore"):  # of strong blocks, see above
+            return interpreter.TensorHandle(np.matmul(a, b, dtype=to.data.dtype) + to.data, to.dtype.scalar)
+
+    def plan(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.low = torch.bfloat16
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_well)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", multiply)
+    monkeypatch.setattr(portable.Plan, "__init__", plan)
 
 
 # -- small --
@@ -175,6 +208,13 @@ def test_sums_over_many_programs(content: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precision(dtype: torch.dtype) -> None:
     assert_case(replace(BASE, content="read", K=48, V=16, groups=1, qk_l2norm=False, allow_neg_eigval=True), dtype)
+
+
+@pytest.mark.usefixtures("low_operands")
+@pytest.mark.parametrize(("content", "decay"), [(None, "mixed"), ("mean", "weak"), ("read", "weak")])
+def test_operands_rounded_as_on_a_gpu(content: str | None, decay: str) -> None:
+    arguments = draw([75, 30], H=1, K=32, V=48, R=16, content=content, decay=decay, C=32, started=True, device=DEVICE)
+    assert_as_exact(arguments)
 
 
 def test_no_write_gate() -> None:
