@@ -251,6 +251,7 @@ def test_variants_override_the_model(tmp_path):
         ({"learning_rates": ["1e-3"]}, "written 1.0e-3"),
         ({"matching": ["size"]}, "matching is"),
         ({"tests": {"validation": "x"}}, "expected another name"),
+        ({"tests": {"data": "x"}}, "tests has 'data', expected another name"),
         ({"train": {"out": "x"}}, "'out' is no field of train"),
         ({"train": {"validation": None}}, "validation is None, expected a path"),
         ({"train": {"batch_tokens": 100}}, "batch_tokens is 100, expected a multiple"),
@@ -287,6 +288,10 @@ def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
     (tmp_path / "test.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "valid.jsonl").write_text('{"text": "too short"}\n')
     assert "expected at least 32" in refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out)
+    assert not (out / "comparison.json").exists()  # or the text, once mended, would be another comparison's
+    (tmp_path / "valid.jsonl").write_text((texts / "valid.jsonl").read_text())
+    assert "test is" in (errors := refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out))
+    assert "expected a document of two tokens or more" in errors
     unknown = write(tmp_path / "t.yaml", train={"tokenizer": "tokenizer"})
     assert "neither 'bytes' nor one that loads" in refused(capsys, monkeypatch, unknown, "--text", texts, "--out", out)
     assert "minutes is 0.0" in refused(capsys, monkeypatch, file, "--text", texts, "--minutes", 0)
@@ -480,14 +485,19 @@ def outcome(label: str, seeds: list[list[list[float]]]) -> Outcome:
 def test_intervals():
     """The bootstrap is as wide as the standard error says; differences that do not vary have no width."""
     generator = np.random.default_rng(1)
-    base = generator.normal(300, 30, 400)
-    shift = generator.normal(-1, 2, 400)
+    base = generator.normal(300, 30, 4000)
+    shift = generator.normal(-1, 2, 4000)
     ours, other = outcome("a", [[[x, 100] for x in base + shift]]), outcome("b", [[[x, 100] for x in base]])
     assert over_seeds(ours, other, "test") is None  # of one seed
     mean, low, high = over_windows(ours, other, "test")
-    error = shift.std() / math.sqrt(400) / 100
+    error = shift.std() / math.sqrt(4000) / 100
     assert mean == pytest.approx(shift.mean() / 100)
     assert [low, high] == pytest.approx([mean - 1.96 * error, mean + 1.96 * error], rel=tolerance("compare_bootstrap"))
+
+    alike = np.repeat(shift[:1000], 4)  # four neighbours of a document each
+    ours, other = outcome("a", [[[x, 100] for x in base + alike]]), outcome("b", [[[x, 100] for x in base]])
+    mean, low, high = over_windows(ours, other, "test")
+    assert 1.7 < (high - low) / (2 * 1.96 * alike.std() / math.sqrt(4000) / 100) < 2.1  # 2, but for the blocks' ends
 
     seeds = [-0.01, -0.03, -0.02]
     ours, other = outcome("a", [[[300 + 100 * d, 100]] for d in seeds]), outcome("b", [[[300, 100]]] * 3)
@@ -495,6 +505,16 @@ def test_intervals():
     reach = 4.302653 * 0.01 / math.sqrt(3)  # Student's t of two degrees of freedom, from a table
     assert found == pytest.approx((-0.02, -0.02 - reach, -0.02 + reach), rel=tolerance("compare_bootstrap"))
     assert over_windows(ours, other, "test") == pytest.approx((-0.02, -0.02, -0.02))
+
+
+def test_positions_are_compared_over_the_seeds_that_both_have():
+    ours, base = outcome("a", [[[3.1, 1]]]), outcome("b", [[[x, 1]] for x in (3.0, 4.0, 5.0)])
+    for x in (ours, base):
+        for result in x.seeds.values():
+            score = result["texts"]["test"]
+            score["by_context"] = [[1, 64, score["nats"], 1]]
+    assert report.by_position([ours, base], base, "test")[-1] == "| a | +0.1000 |"
+    assert report.position_losses(base, base, "test", "by_context") == {(1, 64): 4.0}
 
 
 def test_an_unfinished_comparison_is_said_to_be_one(whole, texts):

@@ -42,7 +42,7 @@ TOLERANCES: dict[str, tuple[float, str]] = {
     # -- comparisons --
     "compare_float64": (1e-9, "as model_float64, in nats summed over a text"),
     "compare_content_effect": (1e-4, "the content term must move losses by this much, or a test of it shows nothing"),
-    "compare_bootstrap": (0.1, "an interval's ends from 10,000 resamples of 400 windows, against the normal ones"),
+    "compare_bootstrap": (0.1, "an interval's ends from 10,000 resamples of 4,000 windows, against the normal ones"),
 }
 
 

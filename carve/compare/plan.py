@@ -241,8 +241,9 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
         if name not in train:
             raise ValueError(f"train: {name} is missing, expected the path of a text")
     train = {name: place(name, x, text) if name in TEXTS else x for name, x in train.items()}
-    if "validation" in tests:
-        raise ValueError("tests has 'validation', expected another name: it is the text of train: validation")
+    for name in ("data", "validation"):
+        if name in tests:
+            raise ValueError(f"tests has {name!r}, expected another name: it is the text of train: {name}")
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])
     if not isinstance(rates, list) or not rates or not all(type(x) in (int, float) and x > 0 for x in rates):
         raise ValueError(f"learning_rates is {rates!r}, expected a list of positive numbers (written 1.0e-3)")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARE = 0.95  # of the intervals
-RESAMPLES = 10_000
+RESAMPLES, BLOCK = 10_000, 16  # of the bootstrap; windows that are drawn together, at most
 NONE = "–"
 
 Results = Mapping[str, Mapping[str, Any]]  # by `Run.key`
@@ -85,7 +85,10 @@ def over_seeds(ours: Outcome, base: Outcome, text: str) -> Interval | None:
 
 
 def over_windows(ours: Outcome, base: Outcome, text: str) -> Interval | None:
-    """The same difference, and a paired bootstrap interval over the windows of the text, of the models as trained."""
+    """The same difference, and a paired bootstrap interval over the windows of the text, of the models as trained.
+
+    Windows next to each other are mostly of one document, and alike: runs of them are drawn (circular block bootstrap).
+    """
     seeds = [seed for seed in ours.losses(text) if seed in base.losses(text)]
     if not seeds:
         return None
@@ -96,9 +99,11 @@ def over_windows(ours: Outcome, base: Outcome, text: str) -> Interval | None:
     mine, other = sums(ours), sums(base)
     nats, tokens = (mine - other)[..., 0].mean(0), mine[0, :, 1]  # [windows]
     generator, W = np.random.default_rng(0), len(nats)
+    block = max(1, min(BLOCK, W // 8))
     drawn = np.empty(RESAMPLES)
     for i in range(0, RESAMPLES, 1000):
-        picks = generator.integers(W, size=(1000, W))
+        starts = generator.integers(W, size=(1000, -(-W // block), 1))
+        picks = ((starts + np.arange(block)) % W).reshape(1000, -1)[:, :W]
         drawn[i : i + 1000] = nats[picks].sum(1) / tokens[picks].sum(1)
     low, high = np.quantile(drawn, [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return float(nats.sum() / tokens.sum()), float(low), float(high)
@@ -174,8 +179,8 @@ def opening(plan: Plan, results: Results) -> list[str]:
         "standard deviation over seeds. Differences are of the loss, in nats a token, negative where the perplexity is "
         f"lower than that of {plan.baseline}, each with two {SHARE:.0%} intervals. *Over seeds*: Student's t of the "
         "differences between runs of the same seed, which says what another training might give. *Over the text*: "
-        f"paired bootstrap of its windows, {RESAMPLES:,} resamples, which says what other text of this kind might give "
-        "with these trained models.",
+        f"paired bootstrap of runs of up to {BLOCK} windows, {RESAMPLES:,} resamples, which says what other text of "
+        "this kind might give with these trained models.",
     ]
     return lines
 
@@ -238,16 +243,17 @@ def by_position(some: Sequence[Outcome], base: Outcome | None, text: str) -> lis
     """Differences in loss by what comes before a token: in the window, and in the document with the memory carried."""
     page = []
     for path, title in PLACES.items():
-        found = {x.label: position_losses(x, text, path) for x in some}
-        if base is None or not found.get(base.label):
+        if base is None or not (places := position_losses(base, base, text, path)):
             continue
-        other = found.pop(base.label)
-        names = [f"{low:,} to {high:,}" for low, high in other]
-        rows = [
-            [label, *(f"{losses[at] - other[at]:+.4f}" if at in losses else NONE for at in other)]
-            for label, losses in found.items()
-            if losses
-        ]
+        names = [f"{low:,} to {high:,}" for low, high in places]
+        rows = []
+        for x in some:
+            losses, other = position_losses(x, base, text, path), position_losses(base, x, text, path)
+            if x.label != base.label and losses:
+                rows.append([x.label])
+                rows[-1] += [
+                    f"{losses[at] - other[at]:+.4f}" if {at} <= losses.keys() & other.keys() else NONE for at in places
+                ]
         if rows:
             page += ["", f"Difference from {base.label} on {text} by {title}:", "", *table(["mixer", *names], rows)]
     return page
@@ -259,11 +265,11 @@ PLACES = {
 }
 
 
-def position_losses(x: Outcome, text: str, place: str) -> dict[tuple[int, int], float]:
-    """`(from, to)` -> nats a token, the mean over seeds."""
+def position_losses(x: Outcome, partner: Outcome, text: str, place: str) -> dict[tuple[int, int], float]:
+    """`(from, to)` -> nats a token, the mean over the seeds that its partner has too."""
     found: dict[tuple[int, int], list[float]] = {}
-    for result in x.seeds.values():
-        score = result["texts"].get(text, {})
+    for seed in x.losses(text).keys() & partner.losses(text).keys():
+        score = x.seeds[seed]["texts"][text]
         for low, high, nats, tokens in (score if place == "by_context" else score.get("carried", {})).get(place, []):
             found.setdefault((low, high), []).append(nats / tokens)
     return {at: statistics.fmean(losses) for at, losses in found.items()}
@@ -375,16 +381,15 @@ def draw_position(some: Sequence[Outcome], baseline: str, texts: Sequence[str]) 
     axes = figure.subplots(len(texts), len(PLACES), squeeze=False)
     for row, text in zip(axes, texts, strict=True):
         for ax, (place, title) in zip(row, PLACES.items(), strict=True):
-            other = position_losses(base, text, place)
             for i, x in enumerate(some):
-                losses = position_losses(x, text, place)
+                losses, other = position_losses(x, base, text, place), position_losses(base, x, text, place)
                 at = [bounds for bounds in other if bounds in losses]
                 middles = [math.sqrt(low * high) for low, high in at]
                 if x is not base and at:
                     lines = [losses[bounds] - other[bounds] for bounds in at]
                     ax.plot(middles, lines, "o-", color=f"C{i % 10}", label=x.label, markersize=3, linewidth=1.2)
             ax.axhline(0, color="0.5", linewidth=0.8)
-            if other:
+            if position_losses(base, base, text, place):
                 ax.set_xscale("log", base=2)
             ax.set_xlabel(title.partition(" (")[0], fontsize=7)
             ax.tick_params(labelsize=7)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from carve.compare.measure import Measure, measure_speed
+from carve.compare.measure import Measure, documents_of, measure_speed
 from carve.compare.plan import DEFAULTS, Plan, Run, has_content, is_recurrent, parameters_of, read_plan
 from carve.compare.report import Results, write_report
 from carve.models.checkpoint import load_checkpoint
@@ -128,12 +128,16 @@ def read_texts(plan: Plan, out: Path) -> tuple[Plan, dict[str, Tokens]]:
     prints = {name: fingerprint(path, tokenizer) for name, path in paths.items()}
     plan = plan.with_facts({"vocab_size": len(tokenizer), "fingerprints": prints})
     check_folder(plan, out)
-    replace_text(out / FACTS, json.dumps(plan.common, indent=2) + "\n")
     texts = {name: tokenise(path, tokenizer, out / "tokens") for name, path in paths.items()}
     for name, tokens in texts.items():
         wanted = plan.train.get("seq_len", TrainConfig.seq_len) if name in ("data", "validation") else 2
         if len(tokens.ids) < wanted:
             raise ValueError(f"{name} is {paths[name]!r} with {len(tokens.ids)} tokens, expected at least {wanted}")
+        if all(len(document) < 2 for document in documents_of(tokens)):
+            raise ValueError(
+                f"{name} is {paths[name]!r}, expected a document of two tokens or more: the first has no loss"
+            )
+    replace_text(out / FACTS, json.dumps(plan.common, indent=2) + "\n")
     return plan, texts
 
 
@@ -243,8 +247,9 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
         return record | {"texts": {}, "diverged": str(error)}
     finally:
         free_memory()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+    metrics = folder / "metrics.jsonl"  # not there if the steps are fewer than those between two lines
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    losses = [[line["step"], line["loss"]] for line in map(json.loads, lines) if "loss" in line]
 
     model, tokenizer = load_checkpoint(checkpoint)
     measure = Measure(config.seq_len, config.micro_batch, config.dtype)

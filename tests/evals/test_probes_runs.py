@@ -211,6 +211,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
         ({"pairs": [4, 100]}, "pairs is 100, expected from 1 to keys = 32"),
         ({"lengths": [4]}, "none of the tasks write-once has a field 'length'"),
         ({"fields": {"modulus": 3}}, "none of the tasks write-once has a field 'modulus'"),
+        ({"fields": {"tokens": 3}}, "none of the tasks write-once has a field 'tokens'"),
         (
             {"model": {"chunksize": 3}},
             "model has 'chunksize', which CarveConfig does not know; did you mean 'chunk_size'",

@@ -102,7 +102,7 @@ def plan_probes(
             raise ValueError(f"learning_rates has {learning_rate}, expected positive numbers")
     cases = [(name, make_task(name, some)) for name in tasks for some in cases_of(name, pairs, lengths, fields or {})]
     for name in ["pairs"] * bool(pairs) + ["length"] * bool(lengths) + list(fields or {}):
-        if not any(hasattr(task, name) for _, task in cases):
+        if not any(name in {field.name for field in dataclasses.fields(task)} for _, task in cases):
             raise ValueError(f"none of the tasks {', '.join(tasks)} has a field {name!r}")
     model = model or {}
     known = {field.name for field in dataclasses.fields(CarveConfig)}
