@@ -248,12 +248,10 @@ def by_position(some: Sequence[Outcome], base: Outcome | None, text: str) -> lis
         names = [f"{low:,} to {high:,}" for low, high in places]
         rows = []
         for x in some:
-            losses, other = position_losses(x, base, text, path), position_losses(base, x, text, path)
-            if x.label != base.label and losses:
-                rows.append([x.label])
-                rows[-1] += [
-                    f"{losses[at] - other[at]:+.4f}" if {at} <= losses.keys() & other.keys() else NONE for at in places
-                ]
+            if x.label != base.label and (losses := position_losses(x, base, text, path)):
+                other = position_losses(base, x, text, path)
+                cells = [f"{losses[at] - other[at]:+.4f}" if at in losses and at in other else NONE for at in places]
+                rows.append([x.label, *cells])
         if rows:
             page += ["", f"Difference from {base.label} on {text} by {title}:", "", *table(["mixer", *names], rows)]
     return page
