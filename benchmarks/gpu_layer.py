@@ -17,7 +17,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from carve import CarveConfig, CarveForCausalLM, CarveMixer
 from carve.bench import Run, Shape, ceilings, draw, floor_bytes, peak_memory, take_turns
 from carve.mixer import GatedRMSNorm, ShortConvolution
 from carve.ops import chunk_carve
-from carve.ops.kernels.operator import unit
+from carve.ops.kernels.layer import convolve, convolve_in_torch, unit, unit_in_torch
 
 try:
     from fla.modules.causal_conv1d import causal_conv1d
@@ -74,9 +74,15 @@ class FlaConvolution(ShortConvolution):
     """The same convolution by fla's kernel."""
 
     def forward(
-        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None, output_state: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        return causal_conv1d(x, self.weight.to(x.dtype), activation="silu", cu_seqlens=cu_seqlens)[0], None
+        self,
+        parts: Sequence[Tensor],
+        past: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        weights = self.weight.to(parts[0].dtype).split([x.shape[2] for x in parts])
+        pairs = zip(parts, weights, strict=True)
+        return [causal_conv1d(x, w, activation="silu", cu_seqlens=cu_seqlens)[0] for x, w in pairs], None
 
 
 class FlaNorm(GatedRMSNorm):
@@ -91,8 +97,7 @@ class FlaMixer(CarveMixer):
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         H, HV, K, V = self.H, self.HV, self.K, self.V
-        qkv, _ = self.conv(torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), output_state=False)
-        q, k, v = qkv.split([H * K, H * K, HV * V], dim=-1)
+        (q, k, v), _ = self.conv([self.q_proj(x), self.k_proj(x), self.v_proj(x)], output_state=False)
         q, k, v = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
         g, e = self.log_decay(self.decay_proj(x)), self.erase_proj(x).sigmoid()
         if self.write_proj is None:
@@ -176,7 +181,7 @@ class Part(NamedTuple):
     """A part of a training step, with the least that it must move and compute."""
 
     name: str
-    functions: dict[str, Callable]  # "plain", and the same by others
+    functions: dict[str, Callable]  # "plain", of torch, and the same by others
     inputs: list[Tensor]
     weights: list[Tensor]
     floor_bytes: tuple[float, float] = (0, 0)  # forward; forward and backward
@@ -208,16 +213,19 @@ def parts_of(device: torch.device) -> Iterator[Part]:
     matrices = [p for p in layer.parameters() if p.dim() == 2 and p is not layer.conv.weight]
     yield Part("projections", {"plain": project}, [random(B, T, D)], matrices, (0, 0), products(matrices))
 
-    def convolve(x: Tensor) -> Tensor:
-        return layer.conv(x, output_state=False)[0]
-
-    functions: dict[str, Callable] = {"plain": convolve, "compiled": compiled(convolve)}
+    weight = layer.conv.weight
+    functions: dict[str, Callable] = {
+        "plain": lambda x: convolve_in_torch(x, weight),
+        "compiled": compiled(lambda x: convolve_in_torch(x, weight)),
+        "ours": lambda x: convolve(x, weight),
+    }
     if FLA:
-        functions["fla"] = lambda x: causal_conv1d(x, layer.conv.weight, activation="silu")[0]
+        functions["fla"] = lambda x: causal_conv1d(x, weight, activation="silu")[0]
     x = random(B, T, 2 * H * K + H * V)
-    yield Part("convolution, SiLU", functions, [x], [layer.conv.weight], (6 * U, 15 * U))
+    yield Part("convolution, SiLU", functions, [x], [weight], (6 * U, 15 * U))
 
-    functions = {"plain": unit, "compiled": compiled(unit)} | ({"fla": l2norm} if FLA else {})
+    functions = {"plain": unit_in_torch, "compiled": compiled(unit_in_torch), "ours": unit}
+    functions |= {"fla": l2norm} if FLA else {}
     yield Part("L2 norm of q and k", functions, [random(B, T, 2 * H, K)], [], (4 * U, 10 * U))
 
     functions = {"plain": layer.log_decay, "compiled": compiled(layer.log_decay)}
@@ -252,7 +260,7 @@ def parts_of(device: torch.device) -> Iterator[Part]:
 
 
 def parts() -> dict[str, Any]:
-    """Each part alone, in plain torch, compiled, and by fla, beside the least time its bytes and products can take."""
+    """Each part alone, in plain torch, compiled, by us and by fla, beside the least its bytes and products can take."""
     torch.manual_seed(0)
     copy, product = ceilings(DEVICE)
     rows: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ and the content projections of CARVE (arXiv 2606.27229). `gates` turns the same 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from carve.ops import CarveState, chunk_carve, decode_carve, recurrent_carve
 from carve.ops.api import check_cu_seqlens
+from carve.ops.kernels.layer import convolve
 from carve.ops.state import each
 
 DRAFT = 16  # as many tokens at once, behind others, are still a matter of decoding
@@ -100,59 +102,69 @@ class ShortConvolution(nn.Module):
         return {"weight": torch.empty(self.weight.shape).uniform_(-bound, bound)}
 
     def forward(
-        self, x: Tensor, past: Tensor | None = None, cu_seqlens: Tensor | None = None, output_state: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        parts: Sequence[Tensor],
+        past: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_state: bool = True,
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Convolve.
 
         Args:
-            x: `[B, T, D]`.
+            parts: `[B, T, d]` each, with D channels in all.
             past: `[N, size - 1, D]`, the inputs before the first token; None for zeros.
             cu_seqlens: `[N + 1]`, int32 or int64, for N sequences packed into B = 1.
             output_state: also return the last inputs.
 
         Returns:
-            y `[B, T, D]`, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`, or None.
+            The parts convolved, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`, or None.
         """
-        T, lags = x.shape[1], self.weight.shape[1] - 1
-        weight = self.weight.to(x.dtype)  # under autocast x is narrower, and is to stay so
-        past = None if past is None else past.to(x.dtype)
-        if cu_seqlens is None:
-            past = x.new_zeros(x.shape[0], lags, x.shape[2]) if past is None else past
-            extended = torch.cat([past, x], dim=1)
-            y = x * weight[:, lags]
-            for j in reversed(range(lags)):
-                y = torch.addcmul(y, extended[:, j : j + T], weight[:, j])
-            return F.silu(y), extended[:, T:].clone() if output_state else None  # a view would keep all of x alive
+        (B, T), sizes = parts[0].shape[:2], [x.shape[2] for x in parts]
+        weights, lags = self.weight.split(sizes), self.weight.shape[1] - 1
+        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        if past is None and not output_state:
+            bounds = None if cu_seqlens is None else Bounds(cu_seqlens, T)
+            before = None if bounds is None else bounds.before
+            return [convolve(x, w, before) for x, w in zip(parts, weights, strict=True)], None
 
-        cu_seqlens = cu_seqlens.to(x.device, torch.int64)
-        lengths, times = cu_seqlens.diff().unsqueeze(-1), torch.arange(T, device=x.device)
-        # the last that begins here or before; of a slice, compiled for a GPU, PyTorch 2.11 would lose the beginning
-        sequence = torch.bucketize(times, cu_seqlens, right=True) - 1
-        local = times - cu_seqlens[sequence]
-        extended = F.pad(x[0], (0, 0, lags, 0))
-        y = x[0] * weight[:, lags]
-        for j in reversed(range(lags)):  # of the packed neighbours, those in the same sequence
-            same = (local >= lags - j).unsqueeze(-1)
-            y = torch.addcmul(y, torch.where(same, extended[j : j + T], 0), weight[:, j])
-
-        lag = torch.arange(lags, device=x.device)
-        if past is not None and T and lags:  # add what the first tokens see of the past
-            after = F.pad(past, (0, 0, 0, lags))
-            seen = torch.stack([after[:, j : j + lags] * weight[:, j] for j in range(lags)]).sum(0)
-            held = lag < lengths
-            rows = torch.where(held, cu_seqlens[:-1].unsqueeze(-1) + lag, 0)
-            seen = torch.where(held.unsqueeze(-1), seen, 0)
-            y = y.index_add(0, rows.flatten(), seen.flatten(0, 1))
-        y = F.silu(y).unsqueeze(0)
-        if not output_state:
-            return y, None
-
-        at = lengths - lags + lag  # [N, lags], the last tokens, negative in the past
-        last = extended[(cu_seqlens[:-1].unsqueeze(-1) + lags + at).clamp(min=0)]
-        behind: Tensor | int = 0
+        # each sequence behind the inputs before it
+        begins = [x.new_zeros(N, lags, d) for x, d in zip(parts, sizes, strict=True)]
         if past is not None:
-            behind = torch.take_along_dim(past, (lags + at).clamp(max=lags - 1).unsqueeze(-1), dim=1)
-        return y, torch.where((at >= 0).unsqueeze(-1), last, behind)
+            begins = list(past.to(parts[0].dtype).split(sizes, dim=-1))
+        if cu_seqlens is None:
+            extended = [torch.cat(pair, 1) for pair in zip(begins, parts, strict=True)]
+            ys = [convolve(x, w)[:, lags:] for x, w in zip(extended, weights, strict=True)]
+            return ys, torch.cat([x[:, T:] for x in extended], -1) if output_state else None
+
+        bounds = Bounds(cu_seqlens, T)
+        places = torch.arange(T, device=bounds.before.device) + lags * (bounds.sequence + 1)
+        longer = bounds.cu_seqlens + lags * torch.arange(N + 1, device=places.device)
+        lag = torch.arange(lags, device=places.device)
+        firsts, lasts = (longer[:-1].unsqueeze(-1) + lag).flatten(), longer[1:].unsqueeze(-1) - lags + lag
+        before, ys, last = Bounds(longer, T + N * lags).before, [], []
+        for x, begin, w in zip(parts, begins, weights, strict=True):
+            room = x.new_zeros(T + N * lags, x.shape[2])
+            both = room.index_copy(0, places, x[0]).index_copy(0, firsts, begin.flatten(0, 1))
+            ys.append(convolve(both.unsqueeze(0), w, before)[:, places])
+            last.append(both[lasts])
+        return ys, torch.cat(last, -1) if output_state else None
+
+
+class Bounds:
+    """Where tokens packed into a row of T stand.
+
+    Attributes:
+        cu_seqlens: `[N + 1]` int64, on its own device.
+        sequence: `[T]` int64, which sequence a token belongs to.
+        before: `[T]` int32, how many tokens of it come before.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, T: int) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int64)
+        times = torch.arange(T, device=cu_seqlens.device)
+        # the last that begins here or before; of a slice, compiled for a GPU, PyTorch 2.11 would lose the beginning
+        self.sequence = torch.bucketize(times, self.cu_seqlens, right=True) - 1
+        self.before = (times - self.cu_seqlens[self.sequence]).to(torch.int32)
 
 
 class GatedRMSNorm(nn.Module):
@@ -323,10 +335,10 @@ class CarveMixer(nn.Module):
         """The arguments of the op, by name, and what the convolution returns; arguments as there and in `forward`."""
         B, T, _ = x.shape
         H, HV, K, V = self.H, self.HV, self.K, self.V
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        qkv, last = self.conv(qkv, past, cu_seqlens, output_state)
-        q, k, v = qkv.split([H * K, H * K, HV * V], dim=-1)
-        q, k, v = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, HV, V)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(x.device)
+        parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        (q, k, v), last = self.conv(parts, past, cu_seqlens, output_state)
+        q, k, v = q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V))
 
         g, e = self.log_decay(self.decay_proj(x)), self.erase_proj(x)
         if self.gates["erase"] == "channel":

@@ -53,8 +53,7 @@ def test_a_rival_is_its_own_definition(gates: str, num_v_heads: int) -> None:
     x = inputs(2, 11)
     B, T, H, K, HV, V = 2, 11, 2, 8, num_v_heads, 6
     op, _ = layer.project(x)
-    qkv, _ = layer.conv(torch.cat([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)], -1))
-    q, k, v = qkv.split([H * K, H * K, HV * V], -1)
+    (q, k, v), _ = layer.conv([layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)])
     q, k = (unit(y.view(B, T, H, K)).repeat_interleave(HV // H, 2) for y in (q, k))
     v, g = v.view(B, T, HV, V), op["g"].repeat_interleave(HV // H, 2)
     erase = layer.erase_proj(x).sigmoid()

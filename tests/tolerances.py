@@ -29,6 +29,11 @@ TOLERANCES: dict[str, tuple[float, str]] = {
         0.01,
         "outputs and gradients rounded to bfloat16, those of shared heads once more when summed",
     ),
+    "layer_float32": (1e-6, "a few float32 roundings of 6e-8, and the GPU's own exp and rsqrt"),
+    "layer_bfloat16": (2**-7, "rounded once to 8 bits, which the interpreter cuts off; float32 inside"),
+    "layer_float16": (2**-10, "as layer_bfloat16, to 11 bits"),
+    "layer_bfloat16_gradient": (2**-6, "as op_bfloat16, worked out from outputs that are rounded themselves"),
+    "layer_float16_gradient": (2**-8, "as op_float16, worked out from outputs that are rounded themselves"),
     "layer_compiled": (
         0.2,
         "a compiler rounds to bfloat16 in other places, 0.10 for a gradient that nearly cancels over 9 tokens; what is "

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from carve.ops.kernels.layer import unit
 from carve.ops.recurrence import Options, Projections, Tokens, close_chunk
 from carve.ops.state import CarveState, each
 
@@ -87,12 +88,6 @@ def run_sequences(
     with torch.autocast(device.type, enabled=False):
         content, content_sum = close_chunk(memory, content, content_sum, full, p, options)
     return o, CarveState(memory, content, content_sum, seen % options.chunk_size)
-
-
-def unit(x: Tensor) -> Tensor:
-    """x over its L2 norm in the last dimension, rounded once; for the backward it keeps no copy in float32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.rsqrt(norm.square() + 1e-6)).to(x.dtype)
 
 
 def needs_gradient(tensors: Iterable[Tensor | None]) -> bool:

@@ -8,16 +8,16 @@ shared by value heads) is written apart and summed afterwards, always in the sam
 In Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported) the same kernels run on a CPU, slowly, for tests.
 """
 
-import contextlib
 import functools
-import importlib.util
 from dataclasses import dataclass, replace
-from typing import Any, ContextManager, List  # noqa: UP035
+from typing import Any, List  # noqa: UP035
 
 import torch
 from torch import Tensor
 
+from carve.ops.kernels import triton_launch
 from carve.ops.kernels.operator import CONTENTS, Inputs, run_sequences, sum_groups
+from carve.ops.kernels.triton_launch import DTYPES, launch, pad
 from carve.ops.recurrence import Options, Projections, Tokens
 from carve.ops.state import CarveState, each
 
@@ -28,8 +28,6 @@ BLOCK, FIELDS, SHARE = 16, 3, 16  # as in triton_forward.py
 ROOM = 160 * 1024  # bytes of shared memory with which loads can run ahead of their use
 SMALL_TILE = 32  # of V, where larger ones need more shared memory than there is
 RUN, RUN_CHUNKS = 64, 16  # blocks, chunks whose share of the projections' gradients one program adds up
-LOWEST_TRITON = (3, 6)  # the first version that the kernels were tested with
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Tensors = List[Tensor]  # noqa: UP006 (PyTorch 2.6 knows no other name of it in an operator)
 
 
@@ -60,12 +58,10 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
 def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     """Why the kernels do not serve these inputs; None if they do."""
     device, K, V = x.v.device, x.q.shape[-1], x.v.shape[-1]
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed, expected the package triton"
+    if (reason := triton_launch.why_not()) is not None:
+        return reason
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < LOWEST_TRITON:
-        return f"Triton is {triton.__version__}, expected at least {'.'.join(map(str, LOWEST_TRITON))}"
     if device.type != "cuda" and not (device.type == "cpu" and triton.knobs.runtime.interpret):
         return f"the inputs are on {device}, expected a GPU"
     for name, y in (("q", x.q), ("k", x.k), ("v", x.v)):
@@ -78,10 +74,8 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
         return f"p_down has R = {p.down.shape[-1]}, expected at most {RANK}"
     if options.chunk_size > LONGEST:
         return f"chunk_size is {options.chunk_size}, expected at most {LONGEST}"
-    if device.type == "cuda" and torch.version.cuda is not None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"{device} has compute capability {'.'.join(map(str, capability))}, expected at least 8.0"
+    if (reason := triton_launch.why_too_old(device)) is not None:
+        return reason
     if max(K, V) > 128 and x.v.dtype == torch.float32 and (room := shared_room(device)) < ROOM:
         return f"K = {K} and V = {V} in float32, expected at most 128 with {room} bytes of shared memory a block"
     return None
@@ -98,11 +92,6 @@ def shared_room(device: torch.device) -> int:
         return ROOM
     properties: Any = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0)
-
-
-def pad(size: int) -> int:
-    """Of a tile's side: the next power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 class Plan:
@@ -139,10 +128,7 @@ class Plan:
         self.launch(triton_forward.list_blocks, x.sequences, *lists, T, chunk_size, STEP=128)
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        where: ContextManager = torch.cuda.device(self.x.v.device) if self.x.v.is_cuda else contextlib.nullcontext()
-        if programs:
-            with where:
-                kernel[(programs,)](*arguments, **constants)
+        launch(kernel, self.x.v.device, programs, *arguments, **constants)
 
     def options(self, name: str) -> Launch:
         sizes = LAUNCHES[name]

@@ -1,0 +1,188 @@
+"""What a layer does around the recurrence, as torch operators: `carve::unit`, the L2 norm, and `carve::convolve`.
+
+Each has the portable kernels of `triton_layer.py`, for any GPU that Triton serves, and a definition in plain torch for
+all else. `torch.compile` takes the operators as they are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from carve.ops.kernels import triton_launch
+from carve.ops.kernels.compiler import constant
+from carve.ops.kernels.triton_launch import DTYPES, launch, pad
+
+EPS = 1e-6
+NORM_TILE = 4096  # numbers that a program normalises
+ROWS, COLUMNS = 64, 64  # tokens and channels of a program of the convolution
+
+
+def served(*tensors: Tensor) -> bool:
+    """Whether the kernels serve these."""
+    return all(x.is_cuda and x.dtype in DTYPES for x in tensors) and has_triton(tensors[0].device)
+
+
+@constant
+def has_triton(device: torch.device) -> bool:
+    return triton_launch.why_not() is None and triton_launch.why_too_old(device) is None
+
+
+# -- L2 norm --
+
+
+def unit(x: Tensor) -> Tensor:
+    """x `[..., K]` over its L2 norm, rounded once; for the backward it keeps no copy in float32."""
+    return normalise(x.contiguous())[0] if served(x) else unit_in_torch(x)
+
+
+def unit_in_torch(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * torch.rsqrt(norm.square() + EPS)).to(x.dtype)
+
+
+def tile_norm(x: Tensor) -> tuple[int, dict[str, int]]:
+    """Programs for `[rows, K]`, and the constants that they take."""
+    K = x.shape[-1]
+    rows = max(1, NORM_TILE // pad(K))
+    return -(-(x.numel() // K) // rows), {"K": K, "BK": pad(K), "ROWS": rows}
+
+
+@torch.library.custom_op("carve::unit", mutates_args=())
+def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x `[..., K]`, contiguous, over its L2 norm; and one over the norm, `[...]` float32."""
+    from carve.ops.kernels import triton_layer
+
+    y, factors = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    programs, constants = tile_norm(x)
+    launch(triton_layer.normalise, x.device, programs, x, y, factors, factors.numel(), EPS, **constants)
+    return y, factors
+
+
+@normalise.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("carve::unit_backward", mutates_args=())
+def normalise_backward(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of x from what `carve::unit` returned and the gradient of its first output, contiguous."""
+    from carve.ops.kernels import triton_layer
+
+    dx = torch.empty_like(y)
+    programs, constants = tile_norm(y)
+    launch(triton_layer.differentiate_norm, y.device, programs, y, factors, dy, dx, factors.numel(), **constants)
+    return dx
+
+
+@normalise_backward.register_fake
+def _(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def keep_unit(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output)
+
+
+def differentiate_unit(ctx: Any, dy: Tensor, _: Any) -> Tensor:
+    y, factors = ctx.saved_tensors
+    return normalise_backward(y, factors, dy.to(y.dtype).contiguous())
+
+
+normalise.register_autograd(differentiate_unit, setup_context=keep_unit)
+
+
+# -- causal convolution, SiLU --
+
+
+def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+    """Causal depthwise convolution over time, then SiLU.
+
+    Args:
+        x: `[B, T, D]`.
+        weight: `[D, taps]`, the last tap for the token itself.
+        before: `[T]` int32, how many tokens of its own sequence come before each, for sequences packed into B = 1.
+
+    Returns:
+        `[B, T, D]`, in x's dtype.
+    """
+    if served(x, weight):
+        return convolve_by_kernel(x.contiguous(), weight.contiguous(), before)
+    return convolve_in_torch(x, weight, before)
+
+
+def convolve_in_torch(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
+    T, lags = x.shape[1], weight.shape[1] - 1
+    weight, extended = weight.to(x.dtype), F.pad(x, (0, 0, lags, 0))  # under autocast x is narrower, and is to stay so
+    y = x * weight[:, lags]
+    for lag in range(1, lags + 1):
+        past = extended[:, lags - lag : lags - lag + T]
+        if before is not None:
+            past = torch.where((before >= lag).unsqueeze(-1), past, 0)
+        y = torch.addcmul(y, past, weight[:, lags - lag])
+    return F.silu(y)
+
+
+def tile_convolution(x: Tensor, weight: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Tiles of rows and of columns, and the constants that kernels take."""
+    B, T, D = x.shape
+    return -(-(B * T) // ROWS), -(-D // COLUMNS), {"TAPS": weight.shape[1], "ROWS": ROWS, "COLUMNS": COLUMNS}
+
+
+@torch.library.custom_op("carve::convolve", mutates_args=())
+def convolve_by_kernel(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+    """`convolve` of contiguous tensors."""
+    from carve.ops.kernels import triton_layer
+
+    (B, T, D), y = x.shape, torch.empty_like(x)
+    rows, columns, constants = tile_convolution(x, weight)
+    launch(triton_layer.convolve, x.device, rows * columns, x, weight, before, y, B * T, T, D, **constants)
+    return y
+
+
+@convolve_by_kernel.register_fake
+def _(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("carve::convolve_backward", mutates_args=())
+def convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight."""
+    from carve.ops.kernels import triton_layer
+
+    (B, T, D), dx = x.shape, torch.empty_like(x)
+    rows, columns, constants = tile_convolution(x, weight)
+    shares = x.new_empty(rows, weight.shape[1], D, dtype=torch.float32)
+    tensors = (x, weight, before, dy, dx, shares)
+    launch(triton_layer.differentiate_convolution, x.device, rows * columns, *tensors, B * T, T, D, **constants)
+    return dx, shares.sum(0).T.to(weight.dtype).contiguous()
+
+
+@convolve_backward.register_fake
+def _(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def keep_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, before = ctx.saved_tensors
+    return *convolve_backward(x, weight, before, dy.to(x.dtype).contiguous()), None
+
+
+convolve_by_kernel.register_autograd(differentiate_convolution, setup_context=keep_convolution)
+
+
+# -- second derivatives --
+
+
+def refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError("the kernels' backward cannot be differentiated, plain torch's on a CPU can")
+
+
+for operator in (normalise_backward, convolve_backward):
+    operator.register_autograd(refuse_second_derivative)
