@@ -5,7 +5,7 @@
     python benchmarks/gpu_op.py tables             # print the tables of what was measured before, no GPU needed
 
 Every part's raw numbers go into `results/gpu_op.json` as soon as it is done (parts that were not run keep their
-earlier numbers); `results/gpu_op.png` shows the main shapes. Rivals take turns within a run; figures are medians of
+earlier numbers); `results/gpu_op.png` shows the main shapes, `results/gpu_op_grid.png` the other sizes. Rivals take
 times between CUDA events. fla tunes itself at its first calls, which takes minutes.
 """
 
@@ -36,7 +36,7 @@ MAIN = [Shape(8, 4096), Shape(2, 4096), Shape(1, 32768)]
 GRID = [
     *(Shape(8, 4096, chunk_size=C) for C in (16, 32, 128, 256, 512)),
     *(Shape(8, 4096, key_dim=K, value_dim=V) for K, V in ((64, 64), (64, 128), (128, 64))),
-    *(Shape(1, T) for T in (2048, 8192)),
+    *(Shape(1, T) for T in (2048, 8192, 131072)),
     *(Shape(8, 4096, heads=H) for H in (4, 8, 32)),
 ]
 BATCHES = (1, 8, 32, 128)
@@ -75,14 +75,13 @@ def op() -> dict[str, Any]:
 
 
 def grid() -> dict[str, Any]:
-    rows = []
+    """Other sizes; the rivals, which know no content chunk, beside those with chunks of 64."""
+    rows: list[dict[str, Any]] = []
     for shape in GRID:
-        rows += bench(shape, ["cuda"], list(CONTENTS), torch.device("cuda"), 8, beside=False)
-        print(
-            shape,
-            " ".join(f"{row['name']} {row['forward_ms']:.3f} {row['both_ms']:.3f}" for row in rows[-3:]),
-            flush=True,
-        )
+        found = bench(shape, ["cuda"], list(CONTENTS), torch.device("cuda"), 8, beside=shape.chunk_size == 64)
+        times = (f"{row['name']} {row['forward_ms']:.3f} {row['both_ms']:.3f}" for row in found)
+        print(shape, ", ".join(times), flush=True)
+        rows += found
         torch.cuda.empty_cache()
     return {"rows": rows}
 
@@ -235,6 +234,8 @@ def tables(results: dict[str, Any]) -> None:
                 **results["first"]
             )
         )
+    if "grid" in results and found:
+        draw_grid([*found["rows"], *results["grid"]["rows"]], results["system"]["device"])
     if "grid" in results:
         print("| B | T | H | K | V | C | | forward, ms | forward + backward, ms |\n" + "|---" * 9 + "|")
         for row in results["grid"]["rows"]:
@@ -246,6 +247,33 @@ def tables(results: dict[str, Any]) -> None:
                 row["name"],
                 f"| {row['forward_ms']:.3f} | {row['both_ms']:.3f} |",
             )
+
+
+def draw_grid(rows: list[dict[str, Any]], device: str) -> None:
+    """Time of forward and backward a token and head, against T, H and C, the other sizes as in the main shapes."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    common = {"key_dim": 128, "value_dim": 128}
+    panels = [
+        ("length", "T (B 1)", common | {"batch": 1, "heads": 16, "chunk_size": 64}),
+        ("heads", "H (B 8, T 4096)", common | {"batch": 8, "length": 4096, "chunk_size": 64}),
+        ("chunk_size", "C (B 8, T 4096)", common | {"batch": 8, "length": 4096, "heads": 16}),
+    ]
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if "triton" not in name]
+    for axis, (size, label, fixed) in zip(axes, panels, strict=True):
+        for name in names:
+            line = [row for row in rows if row["name"] == name and fixed.items() <= row.items()]
+            at = {row[size]: 1e6 * row["both_ms"] / (row["batch"] * row["length"] * row["heads"]) for row in line}
+            if size == "chunk_size" and len(at) == 1:  # a rival, which has none
+                axis.axhline(next(iter(at.values())), ls=":", color=f"C{names.index(name)}")
+            elif at:
+                axis.plot(*zip(*sorted(at.items()), strict=True), "o-", color=f"C{names.index(name)}", label=name)
+        axis.set(xlabel=label, ylim=(0, None))
+        axis.set_xscale("log", base=2)
+    axes[0].set_ylabel("ns a token and head")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(f"{device}, bf16, forward + backward, H 16, K = V = 128, C 64 where not said otherwise")
+    figure.savefig(RESULTS.with_name("gpu_op_grid.png"), dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
