@@ -128,7 +128,8 @@ def test_a_layer_in_pieces(packed: bool) -> None:
     mixer = CarveMixer(24, num_heads=2, head_dim=8)
     sizes, taps = [16, 16, 16], 4
     parts, past = [normal(1, 9, d, seed=d).float() for d in sizes], normal(3 if packed else 1, taps - 1, 48).float()
-    cu_seqlens = torch.tensor([0, 2, 2, 9]) if packed else None
+    mixer, parts, past = mixer.to(DEVICE), [x.to(DEVICE) for x in parts], past.to(DEVICE)
+    cu_seqlens = torch.tensor([0, 2, 2, 9], device=DEVICE) if packed else None
     found = mixer.conv(parts, past, cu_seqlens)
     layer_served, layer.served = layer.served, lambda *tensors: False
     try:

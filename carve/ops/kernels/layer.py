@@ -4,7 +4,7 @@ Each has the portable kernels of `triton_layer.py`, for any GPU that Triton serv
 all else. `torch.compile` takes the operators as they are.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,18 @@ from carve.ops.kernels.triton_launch import DTYPES, launch, pad
 
 EPS = 1e-6
 NORM_TILE = 4096  # numbers that a program normalises
-ROWS, COLUMNS = 64, 64  # tokens and channels of a program of the convolution
+
+
+class Tile(NamedTuple):
+    """Tokens and channels that a program of the convolution has, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(16, 128, 4)
+SUM_TILE = Tile(64, 64, 8)  # where programs leave a sum over their tokens
 
 
 def served(*tensors: Tensor) -> bool:
@@ -125,10 +136,12 @@ def convolve_in_torch(x: Tensor, weight: Tensor, before: Tensor | None = None) -
     return F.silu(y)
 
 
-def tile_convolution(x: Tensor, weight: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Tiles of rows and of columns, and the constants that kernels take."""
+def run_convolution(kernel: Any, x: Tensor, tensors: list[Tensor | None], taps: int, tile: Tile) -> None:
+    """Launch one of the convolution's kernels for all tiles of x `[B, T, D]`."""
     B, T, D = x.shape
-    return -(-(B * T) // ROWS), -(-D // COLUMNS), {"TAPS": weight.shape[1], "ROWS": ROWS, "COLUMNS": COLUMNS}
+    programs = -(-(B * T) // tile.rows) * -(-D // tile.columns)
+    constants = {"TAPS": taps, "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+    launch(kernel, x.device, programs, *tensors, B * T, T, D, **constants)
 
 
 @torch.library.custom_op("carve::convolve", mutates_args=())
@@ -136,9 +149,8 @@ def convolve_by_kernel(x: Tensor, weight: Tensor, before: Tensor | None) -> Tens
     """`convolve` of contiguous tensors."""
     from carve.ops.kernels import triton_layer
 
-    (B, T, D), y = x.shape, torch.empty_like(x)
-    rows, columns, constants = tile_convolution(x, weight)
-    launch(triton_layer.convolve, x.device, rows * columns, x, weight, before, y, B * T, T, D, **constants)
+    y = torch.empty_like(x)
+    run_convolution(triton_layer.convolve, x, [x, weight, before, y], weight.shape[1], TILE)
     return y
 
 
@@ -152,11 +164,11 @@ def convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tens
     """Gradients of x and of the weight."""
     from carve.ops.kernels import triton_layer
 
-    (B, T, D), dx = x.shape, torch.empty_like(x)
-    rows, columns, constants = tile_convolution(x, weight)
-    shares = x.new_empty(rows, weight.shape[1], D, dtype=torch.float32)
-    tensors = (x, weight, before, dy, dx, shares)
-    launch(triton_layer.differentiate_convolution, x.device, rows * columns, *tensors, B * T, T, D, **constants)
+    (B, T, D), taps = x.shape, weight.shape[1]
+    dz, dx = torch.empty_like(x), torch.empty_like(x)
+    shares = x.new_empty(-(-(B * T) // SUM_TILE.rows), taps, D, dtype=torch.float32)
+    run_convolution(triton_layer.differentiate_silu, x, [x, weight, before, dy, dz, shares], taps, SUM_TILE)
+    run_convolution(triton_layer.differentiate_weighing, x, [weight, before, dz, dx], taps, TILE)
     return dx, shares.sum(0).T.to(weight.dtype).contiguous()
 
 

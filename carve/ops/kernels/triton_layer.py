@@ -85,25 +85,33 @@ def convolve(x, weight, before, y, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def differentiate_convolution(
-    x, weight, before, dy, dx, d_weights, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def differentiate_silu(
+    x, weight, before, dy, dz, d_weights, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """dx, and the share of these rows in the weights' gradient: d_weights `[tiles of rows, TAPS, D]`."""
+    """dz, and the share of these rows in the weights' gradient: d_weights `[tiles of rows, TAPS, D]`."""
     i_rows, rows, columns = find_tile(D, ROWS, COLUMNS)
-    b_dx = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in tl.static_range(TAPS):
-        lag = TAPS - 1 - i  # the rows' own dz last: it is wanted below
-        later = rows + lag
-        counts = count_before(before, later, tokens, T)
-        z = weigh(x, weight, later, columns, counts, D, TAPS)
-        reached = (counts >= lag)[:, None] & (columns < D)[None, :]
-        b_dy = tl.load(dy + later[:, None] * D + columns[None, :], mask=reached, other=0.0).to(tl.float32)
-        s = tl.sigmoid(z)
-        dz = b_dy * s * (1 + z * (1 - s))
-        b_dx += dz * load_tap(weight, columns, lag, D, TAPS)
-    tl.store(dx + rows[:, None] * D + columns[None, :], b_dx, mask=(rows < tokens)[:, None] & (columns < D)[None, :])
     counts = count_before(before, rows, tokens, T)
+    z = weigh(x, weight, rows, columns, counts, D, TAPS)
+    at, held = rows[:, None] * D + columns[None, :], (rows < tokens)[:, None] & (columns < D)[None, :]
+    s = tl.sigmoid(z)
+    b_dz = tl.load(dy + at, mask=held, other=0.0).to(tl.float32) * s * (1 + z * (1 - s))
+    tl.store(dz + at, b_dz, mask=held)
     for lag in tl.static_range(TAPS):
-        share = tl.sum(dz * load_past(x, rows, columns, counts, lag, D), 0)
+        share = tl.sum(b_dz * load_past(x, rows, columns, counts, lag, D), 0)
         to = d_weights + (i_rows.to(tl.int64) * TAPS + TAPS - 1 - lag) * D + columns
         tl.store(to, share, mask=columns < D)
+
+
+@triton.jit
+def differentiate_weighing(
+    weight, before, dz, dx, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """dx_t = sum over lags of w_lag dz_{t + lag}, of those in the same sequence."""
+    _, rows, columns = find_tile(D, ROWS, COLUMNS)
+    b_dx = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for lag in tl.static_range(TAPS):
+        later = rows + lag
+        reached = (count_before(before, later, tokens, T) >= lag)[:, None] & (columns < D)[None, :]
+        b_dz = tl.load(dz + later[:, None] * D + columns[None, :], mask=reached, other=0.0).to(tl.float32)
+        b_dx += b_dz * load_tap(weight, columns, lag, D, TAPS)
+    tl.store(dx + rows[:, None] * D + columns[None, :], b_dx, mask=(rows < tokens)[:, None] & (columns < D)[None, :])
