@@ -26,8 +26,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILE = Tile(16, 128, 4)
-SUM_TILE = Tile(64, 64, 8)  # where programs leave a sum over their tokens
+FORWARD, BACKWARD = Tile(8, 128, 2), Tile(64, 256, 2)
+TAPS = 4  # at most
 
 
 def served(*tensors: Tensor) -> bool:
@@ -119,7 +119,7 @@ def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
     Returns:
         `[B, T, D]`, in x's dtype.
     """
-    if served(x, weight):
+    if weight.shape[1] <= TAPS and served(x, weight):
         return convolve_by_kernel(x.contiguous(), weight.contiguous(), before)
     return convolve_in_torch(x, weight, before)
 
@@ -150,7 +150,7 @@ def convolve_by_kernel(x: Tensor, weight: Tensor, before: Tensor | None) -> Tens
     from carve.ops.kernels import triton_layer
 
     y = torch.empty_like(x)
-    run_convolution(triton_layer.convolve, x, [x, weight, before, y], weight.shape[1], TILE)
+    run_convolution(triton_layer.convolve, x, [x, weight, before, y], weight.shape[1], FORWARD)
     return y
 
 
@@ -164,11 +164,10 @@ def convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tens
     """Gradients of x and of the weight."""
     from carve.ops.kernels import triton_layer
 
-    (B, T, D), taps = x.shape, weight.shape[1]
-    dz, dx = torch.empty_like(x), torch.empty_like(x)
-    shares = x.new_empty(-(-(B * T) // SUM_TILE.rows), taps, D, dtype=torch.float32)
-    run_convolution(triton_layer.differentiate_silu, x, [x, weight, before, dy, dz, shares], taps, SUM_TILE)
-    run_convolution(triton_layer.differentiate_weighing, x, [weight, before, dz, dx], taps, TILE)
+    (B, T, D), taps, dx = x.shape, weight.shape[1], torch.empty_like(x)
+    shares = x.new_empty(-(-(B * T) // BACKWARD.rows), taps, D, dtype=torch.float32)
+    kernel = triton_layer.differentiate_convolution
+    run_convolution(kernel, x, [x, weight, before, dy, dx, shares], taps, BACKWARD)
     return dx, shares.sum(0).T.to(weight.dtype).contiguous()
 
 

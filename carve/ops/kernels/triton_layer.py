@@ -39,79 +39,80 @@ def differentiate_norm(y, factors, dy, dx, rows, K: tl.constexpr, BK: tl.constex
 
 @triton.jit
 def count_before(before, rows, tokens, T):
-    """Of each row, how many tokens of its sequence come before it; -1 behind the last row."""
+    """How many tokens of its sequence come before each row's; -1 behind the last row."""
     count = rows % T if before is None else tl.load(before + rows, mask=rows < tokens, other=0)
     return tl.where(rows < tokens, count.to(tl.int32), -1)
 
 
 @triton.jit
 def load_tap(weight, columns, lag, D, TAPS: tl.constexpr):
-    """The weights of what lies `lag` tokens back, `[1, columns]`; the last tap is the token's own."""
-    return tl.load(weight + columns * TAPS + (TAPS - 1 - lag), mask=columns < D, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def load_past(x, rows, columns, counts, lag, D):
-    """What lies `lag` tokens back in the same sequence, or 0."""
-    seen = (counts >= lag)[:, None] & (columns < D)[None, :]
-    return tl.load(x + (rows - lag)[:, None] * D + columns[None, :], mask=seen, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def weigh(x, weight, rows, columns, counts, D, TAPS: tl.constexpr):
-    """The convolution before SiLU."""
-    z = load_past(x, rows, columns, counts, 0, D) * load_tap(weight, columns, 0, D, TAPS)
-    for lag in tl.static_range(1, TAPS):
-        z += load_past(x, rows, columns, counts, lag, D) * load_tap(weight, columns, lag, D, TAPS)
-    return z
-
-
-@triton.jit
-def find_tile(D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which rows of the tokens and which columns a program has, and the number of its rows' tile."""
-    tiles = tl.cdiv(D, COLUMNS)
-    i_rows = tl.program_id(0) // tiles
-    rows = i_rows.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return i_rows, rows, (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    """The weights of what lies `lag` tokens back; the last tap is the token's own."""
+    return tl.load(weight + columns * TAPS + (TAPS - 1 - lag), mask=(columns < D) & (lag < TAPS), other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
 def convolve(x, weight, before, y, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y = SiLU(z), z_t = sum over lags of w_lag x_{t - lag}: x, y `[tokens, D]`, weight `[D, TAPS]`."""
-    _, rows, columns = find_tile(D, ROWS, COLUMNS)
-    z = weigh(x, weight, rows, columns, count_before(before, rows, tokens, T), D, TAPS)
+    tiles = tl.cdiv(D, COLUMNS)
+    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    counts = count_before(before, rows, tokens, T)
+    z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for lag in tl.static_range(TAPS):
+        seen = (counts >= lag)[:, None] & (columns < D)[None, :]
+        past = tl.load(x + (rows - lag)[:, None] * D + columns[None, :], mask=seen, other=0.0).to(tl.float32)
+        z += past * load_tap(weight, columns, lag, D, TAPS)[None, :]
     held = (rows < tokens)[:, None] & (columns < D)[None, :]
     tl.store(y + rows[:, None] * D + columns[None, :], z * tl.sigmoid(z), mask=held)
 
 
 @triton.jit
-def differentiate_silu(
-    x, weight, before, dy, dz, d_weights, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """dz, and the share of these rows in the weights' gradient: d_weights `[tiles of rows, TAPS, D]`."""
-    i_rows, rows, columns = find_tile(D, ROWS, COLUMNS)
-    counts = count_before(before, rows, tokens, T)
-    z = weigh(x, weight, rows, columns, counts, D, TAPS)
-    at, held = rows[:, None] * D + columns[None, :], (rows < tokens)[:, None] & (columns < D)[None, :]
-    s = tl.sigmoid(z)
-    b_dz = tl.load(dy + at, mask=held, other=0.0).to(tl.float32) * s * (1 + z * (1 - s))
-    tl.store(dz + at, b_dz, mask=held)
-    for lag in tl.static_range(TAPS):
-        share = tl.sum(b_dz * load_past(x, rows, columns, counts, lag, D), 0)
-        to = d_weights + (i_rows.to(tl.int64) * TAPS + TAPS - 1 - lag) * D + columns
-        tl.store(to, share, mask=columns < D)
+def load_row(x, row, columns, tokens, D):
+    held = (columns < D) & (row >= 0) & (row < tokens)
+    return tl.load(x + row * D + columns, mask=held, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def differentiate_weighing(
-    weight, before, dz, dx, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def differentiate_convolution(
+    x, weight, before, dy, dx, d_weights, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """dx_t = sum over lags of w_lag dz_{t + lag}, of those in the same sequence."""
-    _, rows, columns = find_tile(D, ROWS, COLUMNS)
-    b_dx = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for lag in tl.static_range(TAPS):
-        later = rows + lag
-        reached = (count_before(before, later, tokens, T) >= lag)[:, None] & (columns < D)[None, :]
-        b_dz = tl.load(dz + later[:, None] * D + columns[None, :], mask=reached, other=0.0).to(tl.float32)
-        b_dx += b_dz * load_tap(weight, columns, lag, D, TAPS)
-    tl.store(dx + rows[:, None] * D + columns[None, :], b_dx, mask=(rows < tokens)[:, None] & (columns < D)[None, :])
+    """dx, and the share of these rows in the weights' gradient: d_weights `[tiles of rows, TAPS, D]`. TAPS <= 4.
+
+    A program goes down its rows, and holds the three inputs before a token, and of the three tokens before it what the
+    gradient of their inputs is so far. Of the tokens behind its rows it wants only what they add to that.
+    """
+    tiles = tl.cdiv(D, COLUMNS)
+    i_rows = (tl.program_id(0) // tiles).to(tl.int64)
+    columns = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    w0, w1 = load_tap(weight, columns, 0, D, TAPS), load_tap(weight, columns, 1, D, TAPS)
+    w2, w3 = load_tap(weight, columns, 2, D, TAPS), load_tap(weight, columns, 3, D, TAPS)
+    begin = i_rows * ROWS
+    x1, x2 = load_row(x, begin - 1, columns, tokens, D), load_row(x, begin - 2, columns, tokens, D)
+    x3, x0 = load_row(x, begin - 3, columns, tokens, D), load_row(x, begin, columns, tokens, D)
+    b_dy = load_row(dy, begin, columns, tokens, D)
+    dx1, dx2, dx3, dw0 = tl.zeros_like(x1), tl.zeros_like(x1), tl.zeros_like(x1), tl.zeros_like(x1)
+    dw1, dw2, dw3 = tl.zeros_like(x1), tl.zeros_like(x1), tl.zeros_like(x1)
+    for i in range(ROWS + 3):
+        row = begin + i
+        count = tl.minimum(count_before(before, row, tokens, T), TAPS - 1)  # of the tokens before it that it sees
+        next_x, next_dy = load_row(x, row + 1, columns, tokens, D), load_row(dy, row + 1, columns, tokens, D)
+        y1, y2, y3 = tl.where(count >= 1, x1, 0), tl.where(count >= 2, x2, 0), tl.where(count >= 3, x3, 0)
+        z = x0 * w0 + y1 * w1 + y2 * w2 + y3 * w3
+        s = tl.sigmoid(z)
+        dz = b_dy * s * (1 + z * (1 - s))
+
+        held = (columns < D) & (i >= 3) & (row - 3 < tokens)
+        tl.store(dx + (row - 3) * D + columns, dx3 + tl.where(count >= 3, dz * w3, 0), mask=held)
+        dx3 = dx2 + tl.where(count >= 2, dz * w2, 0)
+        dx2 = dx1 + tl.where(count >= 1, dz * w1, 0)
+        dx1 = dz * w0
+        own = tl.where(i < ROWS, dz, 0)
+        dw0, dw1, dw2, dw3 = dw0 + own * x0, dw1 + own * y1, dw2 + own * y2, dw3 + own * y3
+        x0, x1, x2, x3, b_dy = next_x, x0, x1, x2, next_dy
+    to = d_weights + i_rows * TAPS * D + columns
+    tl.store(to + (TAPS - 1) * D, dw0, mask=columns < D)
+    tl.store(to + (TAPS - 2) * D, dw1, mask=(columns < D) & (TAPS > 1))
+    tl.store(to + (TAPS - 3) * D, dw2, mask=(columns < D) & (TAPS > 2))
+    tl.store(to + (TAPS - 4) * D, dw3, mask=(columns < D) & (TAPS > 3))
