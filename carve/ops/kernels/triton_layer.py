@@ -38,10 +38,14 @@ def differentiate_norm(y, factors, dy, dx, rows, K: tl.constexpr, BK: tl.constex
 
 
 @triton.jit
-def count_before(before, rows, tokens, T):
-    """How many tokens of its sequence come before each row's; -1 behind the last row."""
-    count = rows % T if before is None else tl.load(before + rows, mask=rows < tokens, other=0)
-    return tl.where(rows < tokens, count.to(tl.int32), -1)
+def count_before(before, begin, i, tokens, T):
+    """How many tokens of its sequence come before row begin + i (i in 32 bits); -1 behind the last row."""
+    row = begin + i
+    if before is None:
+        count = ((begin % T).to(tl.int32) + i) % T
+    else:
+        count = tl.load(before + row, mask=row < tokens, other=0)
+    return tl.where(row < tokens, count, -1)
 
 
 @triton.jit
@@ -56,9 +60,9 @@ def load_tap(weight, columns, lag, D, TAPS: tl.constexpr):
 def convolve(x, weight, before, y, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y = SiLU(z), z_t = sum over lags of w_lag x_{t - lag}: x, y `[tokens, D]`, weight `[D, TAPS]`."""
     tiles = tl.cdiv(D, COLUMNS)
-    rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    begin = (tl.program_id(0) // tiles).to(tl.int64) * ROWS
     columns = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    counts = count_before(before, rows, tokens, T)
+    rows, counts = begin + tl.arange(0, ROWS), count_before(before, begin, tl.arange(0, ROWS), tokens, T)
     z = tl.zeros([ROWS, COLUMNS], tl.float32)
     for lag in tl.static_range(TAPS):
         seen = (counts >= lag)[:, None] & (columns < D)[None, :]
@@ -96,7 +100,7 @@ def differentiate_convolution(
     dw1, dw2, dw3 = tl.zeros_like(x1), tl.zeros_like(x1), tl.zeros_like(x1)
     for i in range(ROWS + 3):
         row = begin + i
-        count = tl.minimum(count_before(before, row, tokens, T), TAPS - 1)  # of the tokens before it that it sees
+        count = tl.minimum(count_before(before, begin, i, tokens, T), TAPS - 1)  # of the tokens before it that it sees
         next_x, next_dy = load_row(x, row + 1, columns, tokens, D), load_row(dy, row + 1, columns, tokens, D)
         y1, y2, y3 = tl.where(count >= 1, x1, 0), tl.where(count >= 2, x2, 0), tl.where(count >= 3, x3, 0)
         z = x0 * w0 + y1 * w1 + y2 * w2 + y3 * w3
