@@ -510,8 +510,8 @@ def number(x: float | None, digits: int = 2) -> str:
 
 def tables(results: dict[str, Any]) -> None:
     """Print what was measured, as Markdown."""
-    if "system" in results:
-        print(f"{results['system']['device']}, bf16, medians; B {SHAPE.batch}, T {SHAPE.length}, D {WIDTH}, H 16\n")
+    devices = {found["system"]["device"] for found in results.values() if "system" in found}
+    print(f"{' and '.join(devices)}, bf16, medians; B {SHAPE.batch}, T {SHAPE.length}, D {WIDTH}, H 16\n")
     if "traffic" in results:
         print("| bytes moved in plain torch, GB | forward (least) | forward + backward (least) |\n|---|---|---|")
         for row in results["traffic"]["rows"]:
@@ -558,7 +558,7 @@ def main() -> None:
     results = load(RESULTS)
     for part in wanted:
         begin = time.perf_counter()
-        results |= {part: PARTS[part]()} | ({} if part == "traffic" else {"system": system()})
+        results |= {part: PARTS[part]() | ({} if part == "traffic" else {"system": system()})}
         save(results, RESULTS)
         print(f"-- {part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         gc.collect()

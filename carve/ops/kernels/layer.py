@@ -26,7 +26,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD = Tile(8, 128, 2), Tile(64, 256, 2)
+FORWARD, BACKWARD = Tile(8, 128, 2), Tile(128, 256, 2)
 TAPS = 4  # at most
 
 
