@@ -145,6 +145,14 @@ def test_another_sequences_content(name, valid):
         assert np.abs(found[8:] - expected[8:]).max() > tolerance("compare_content_effect")
 
 
+def test_scores_that_are_no_numbers_are_refused(valid):
+    model = trained("gdn2-hybrid")
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan  # which nothing before it sees
+    with pytest.raises(ValueError, match="the loss of a token is not finite"):
+        MEASURE.score_windows(model, MEASURE.windows(valid))
+
+
 def test_what_the_content_does_is_reported(valid):
     found = MEASURE.content_report(trained("carve-read"), load_tokenizer("bytes"), valid)
     assert found["off"]["tokens"] == sum(len(x) - 1 for x in documents_of(valid))
@@ -397,12 +405,40 @@ def test_a_run_that_another_process_has_is_left_to_it(whole, texts, tmp_path, mo
     assert made == [run.described for run in (*runs[1:], runs[0])]
 
 
-def test_a_run_that_diverges_is_a_result(whole, texts, tmp_path):
-    plan = read_plan(write(tmp_path / "c.yaml", learning_rates=[1e6], seeds=1), texts)
-    plan, read = module.read_texts(plan, tmp_path)
+@pytest.mark.parametrize("steps", [1, 6])  # only behind the last step; and within the training
+def test_where_every_run_diverges_the_report_says_so(steps, texts, tmp_path):
+    train = {"steps": steps, "warmup_steps": 0, "log_every": 1}
+    file = write(tmp_path / "c.yaml", learning_rates=[1e39, 1e40], train=train)
+    assert compare(file, tmp_path / "out", text=texts)
+    results = read_results(tmp_path / "out")
+    assert len(results) == 6
+    for record in results.values():
+        assert record["texts"] == {}
+        assert "finite" in record["diverged"]
+    page = (tmp_path / "out" / "c.md").read_text()
+    for label in ("carve-read", "gdn2"):
+        assert row(page, "Equal shape", label)[-1] == "2, 2 diverged"
+        assert row(page, "Perplexity:", label) == ["diverged", "diverged"]
+        assert row(page, "## Learning rates", label) == ["**diverged**", "diverged", ""]
+    assert "Nothing to compare with on test: gdn2 diverged." in page
+
+
+def test_a_run_that_diverges_does_not_end_the_others(texts, tmp_path):
+    mixers = {"carve-read": {"train": {"content_lr": 1e35}}, "gdn2": None}
+    file = write(tmp_path / "c.yaml", mixers=mixers, learning_rates=[1e-3], seeds=1)
+    assert compare(file, tmp_path / "out", text=texts)
+    page = (tmp_path / "out" / "c.md").read_text()
+    assert row(page, "Perplexity:", "carve-read") == ["diverged", "diverged"]
+    assert all(float(cell) > 1 for cell in row(page, "Perplexity:", "gdn2"))
+    assert "Against gdn2" not in page
+
+
+def test_a_perplexity_that_no_float_holds_is_that_of_a_run_that_diverged(texts, tmp_path, monkeypatch):
+    plan, read = module.read_texts(read_plan(write(tmp_path / "c.yaml"), texts), tmp_path)
+    monkeypatch.setattr(Measure, "score_text", lambda *_, **__: {"nats": 7e5, "tokens": 900})
     record = module.make(plan, plan.wanted({})[0], read, tmp_path)
     assert record["texts"] == {}
-    assert "finite" in record["diverged"] or "not a number" in record["diverged"]
+    assert record["diverged"] == "the loss on validation is 778 nats a token, whose perplexity is not finite"
 
 
 def row(page: str, section: str, label: str) -> list[str]:

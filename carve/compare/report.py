@@ -207,7 +207,10 @@ def seeds_cell(x: Outcome) -> str:
 
 
 def perplexities(some: Sequence[Outcome], texts: Sequence[str]) -> list[str]:
-    rows = [[x.label, *(spread([math.exp(y) for y in x.losses(text).values()]) for text in texts)] for x in some]
+    rows = []
+    for x in some:
+        cells = [spread([math.exp(y) for y in x.losses(text).values()]) for text in texts]
+        rows.append([x.label, *(["diverged"] * len(texts) if x.diverged == len(x.seeds) else cells)])
     return ["", "Perplexity:", "", *table(["mixer", *texts], rows)]
 
 
@@ -220,8 +223,10 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 
 
 def differences(some: Sequence[Outcome], base: Outcome | None, text: str) -> list[str]:
-    if base is None or not base.losses(text):
+    if base is None:
         return []
+    if base.diverged == len(base.seeds):
+        return ["", f"Nothing to compare with on {text}: {base.label} diverged."]
     rows = []
     for x in some:
         if x.label != base.label and x.losses(text):
