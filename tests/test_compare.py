@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -343,7 +344,10 @@ def test_every_mixer_sees_the_same_data_in_the_same_order(texts, tmp_path, monke
 
 
 def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, capsys):
-    """The time is over within the second run: it is saved, taken up again, and ends as without the interruption."""
+    """The time is over within the second run: it is saved, taken up again, and ends as without the interruption.
+
+    In between the texts and the results are moved, and a default and a number are written down in another way.
+    """
     _, out = whole
     expected = read_results(out)
 
@@ -372,13 +376,18 @@ def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(Alarm, "on_step_begin", no_first_steps)
         patch.setattr(training, "ShowProgress", Alarm)
-        assert compare(short, tmp_path / "out", text=texts)
-    found = read_results(tmp_path / "out")
+        shutil.copytree(texts, tmp_path / "texts")
+        (tmp_path / "out").rename(tmp_path / "moved")
+        fields = yaml.safe_load(short.read_text())
+        fields["train"] |= {"clip": 1, "model": {**fields["train"]["model"], "conv_size": 4}}
+        moved = write(tmp_path / "moved.yaml", **fields)
+        assert compare(moved, tmp_path / "moved", text=tmp_path / "texts")
+    found = read_results(tmp_path / "moved")
     assert len(found) == 2
     for key in found:
         assert found[key] == expected[key]
     monkeypatch.setattr(module, "make", None)
-    assert compare(short, tmp_path / "out", text=texts)  # nothing is left to do
+    assert compare(short, tmp_path / "moved", text=texts)  # nothing is left to do
 
 
 def test_a_run_that_another_process_has_is_left_to_it(whole, texts, tmp_path, monkeypatch):

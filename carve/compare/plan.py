@@ -19,6 +19,7 @@ from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
 from carve.train import TrainConfig
+from carve.train.config import settled
 
 MATCHING = ("shape", "parameters")
 FIELDS = ("train", "mixers", "baseline", "learning_rates", "seeds", "matching", "tests")
@@ -91,7 +92,7 @@ class Plan:
     @property
     def common(self) -> dict[str, Any]:
         """What every result of a folder must agree on."""
-        return {"train": {name: x for name, x in self.train.items() if name not in TEXTS}, "texts": self.facts}
+        return {"train": common_train(self.train), "texts": self.facts}
 
     def seeds_of(self, label: str) -> range:
         return range(self.mixers[label]["seeds"])
@@ -114,7 +115,7 @@ class Plan:
     def run(self, label: str, matching: str, learning_rate: float, seed: int) -> Run:
         model = self.model(label, matching)
         config = CarveConfig(**model)
-        train = {name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"]
+        train = numbers({name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"])
         train |= {"model": model, "learning_rate": learning_rate, "seed": seed}
         whole = {**DEFAULTS, **train, "model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
         whole.pop("log_every")
@@ -168,10 +169,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def common_train(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every run of a comparison, defaults included, the texts left out."""
+    return {name: x for name, x in settled(train).items() if name in DEFAULTS or name == "model"}
+
+
 def validation_loss(result: Mapping[str, Any]) -> float:
     """Nats a token, infinite where training diverged."""
     score = result["texts"].get("validation")
     return float("inf") if score is None else score["nats"] / score["tokens"]
+
+
+def numbers(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig`, as it takes them: 1 where it is the float 1.0."""
+    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    return {name: float(x) if name in floats else x for name, x in train.items()}
 
 
 def parameters_of(model: Mapping[str, Any]) -> dict[str, int]:

@@ -19,7 +19,16 @@ import torch
 from rich.console import Console
 
 from carve.compare.measure import Measure, documents_of, measure_speed
-from carve.compare.plan import DEFAULTS, Plan, Run, has_content, is_recurrent, parameters_of, read_plan
+from carve.compare.plan import (
+    DEFAULTS,
+    Plan,
+    Run,
+    common_train,
+    has_content,
+    is_recurrent,
+    parameters_of,
+    read_plan,
+)
 from carve.compare.report import Results, write_report
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
@@ -70,7 +79,7 @@ def compare(
     if report_only:
         if not (out / FACTS).is_file():
             raise ValueError(f"{out} holds no {FACTS}: expected the folder of a comparison")
-        plan = plan.with_facts(json.loads((out / FACTS).read_text(encoding="utf-8"))["texts"])
+        plan = plan.with_facts(read_json(out / FACTS)["texts"])
         check_folder(plan, out)
         print(write_report(plan, read_results(out), read_speed(out), out / Path(file).stem))
         return True
@@ -148,8 +157,8 @@ def check_folder(plan: Plan, out: Path) -> None:
         if (out / RESULTS).exists():
             raise ValueError(f"{out} holds {RESULTS} but no {FACTS}: expected a new folder, or that of this comparison")
         return
-    was = flat(json.loads((out / FACTS).read_text(encoding="utf-8")))
-    now = flat(json.loads(json.dumps(plan.common)))
+    there = read_json(out / FACTS)
+    was, now = flat(there | {"train": common_train(there["train"])}), flat(json.loads(json.dumps(plan.common)))
     for name in was | now:
         if was.get(name) != now.get(name):
             raise ValueError(

@@ -14,6 +14,7 @@ from carve.models import CarveConfig
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
+TOKENIZERS = ("vocab_size", "eos_token_id", "pad_token_id")  # of the model: where they are not given, the tokenizer's
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -119,6 +120,14 @@ class TrainConfig:
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML."""
         replace_text(Path(path), yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def settled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig` with the defaults of those that are not given, its own and the model's: runs with the
+    same are the same, however they were written down."""
+    own = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.name not in ("data", "model")}
+    model = {name: getattr(CarveConfig, name) for name in CarveConfig.__annotations__ if name not in TOKENIZERS}
+    return {**own, **fields, "model": model | fields.get("model", {})}
 
 
 def replace_text(path: Path, text: str) -> None:

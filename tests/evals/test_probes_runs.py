@@ -201,6 +201,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
     ]
     keys = {plan(seeds=1, **change)[0].key for change in [{}, *changes]}
     assert len(keys) == len(changes) + 1
+    assert plan(seeds=1, model=TINY | {"rms_norm_eps": 1e-5})[0].key in keys  # the default, written down
 
 
 @pytest.mark.parametrize(

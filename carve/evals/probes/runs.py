@@ -117,7 +117,8 @@ def plan_probes(
     for name, task in cases:
         for mixer in mixers:
             config = probe_config(task, mixer, **model)
-            chosen = sorted({*MODEL, *model, *task.model, *READ})
+            own = {field for field in model if getattr(config, field) != getattr(CarveConfig, field)}
+            chosen = sorted({*MODEL, *own, *task.model, *READ})
             fixed = {
                 "task": {"name": name, **dataclasses.asdict(task)},
                 "mixer": mixer,
