@@ -7,6 +7,7 @@ the user; without one, tasks that want one hide their needles in RULER's sentenc
 
 import difflib
 import gzip
+import hashlib
 import os
 import random
 import re
@@ -353,6 +354,7 @@ def run_needles(
     for name in names:
         needle_task(name)
     sentences = None if haystack is None else read_haystack(haystack)
+    text = None if sentences is None else hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:24]
     results = read_results(out)
     folder = find_checkpoint(checkpoint)
     files = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
@@ -367,7 +369,7 @@ def run_needles(
     for name in names:
         for length in lengths:
             hay = NEEDLE_TASKS[name].haystack
-            source = "noise" if hay == "text" and haystack is None else str(haystack) if hay == "text" else hay
+            source = (text or "noise") if hay == "text" else hay  # by what the text is, not by where it lies
             configuration = {"checkpoint": str(folder), "weights": weights, "task": name, "length": length}
             cases.append((name, length, configuration | {"samples": samples, "haystack": source, "seed": seed}))
     left = [case for case in cases if key_of(case[2]) not in results]
@@ -404,7 +406,8 @@ def run_needles(
         row = {case[1]: case[2] for case in cases if case[0] == name}
         scores = [results.get(key_of(configuration), {}).get("score") for configuration in row.values()]
         shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
-        table.add_row(name, Path(str(row[lengths[0]]["haystack"])).name, *shown)
+        source = str(row[lengths[0]]["haystack"])
+        table.add_row(name, Path(str(haystack)).name if source == text else source, *shown)
     Console().print(table)
     print(f"Mean share of the needles found, in %, by greedy generation on {samples} samples; by tokens of context.")
     return complete
