@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from carve.models import CarveConfig
 
@@ -78,7 +79,10 @@ class TrainConfig:
         for name in self.model:
             if name not in names:
                 raise ValueError(f"model has {name!r}, which CarveConfig does not know{_nearest(name, names)}")
-        CarveConfig(**self.model)  # raises on values that do not fit
+        try:
+            CarveConfig(**self.model)  # raises on values that do not fit
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {' '.join(str(error).split())}") from error
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
