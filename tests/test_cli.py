@@ -127,6 +127,21 @@ def test_an_interrupted_eval_gives_what_it_has(
     assert "interrupted before anything was scored" in outcome.err
 
 
+def test_an_eval_that_fails_gives_what_it_has(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "one and two"}\nno JSON\n')
+    outcome = carve("eval", checkpoint, text, bad, text, "--json", tmp_path / "numbers.json")
+    assert outcome.code == 2
+    assert f"carve: error: {bad}, line 2: not JSON" in outcome.err.splitlines()[-1]
+    assert "failed: the numbers are those of the text scored until then" in outcome.err
+    assert f"{perplexity(*load_checkpoint(checkpoint), [TEXT]).bits_per_byte:.4f}" in outcome.out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["complete"] is False
+    assert [(file["path"], file["bytes"]) for file in numbers["files"]] == [
+        (str(text), len(TEXT.encode())), (str(bad), len("one and two")),
+    ]  # fmt: skip
+
+
 def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: Path, text: Path) -> None:
     options = ("--max-new-tokens", 20, "--seed", 1)
     prompted = carve("generate", checkpoint, "--prompt", TEXT, *options)

@@ -28,7 +28,7 @@ def evaluate_files(
 ) -> bool:
     """Score files with the model of a checkpoint folder; print a table, and write the raw numbers as JSON if asked.
 
-    An interrupt (Ctrl-C) ends the scoring; what was scored until then is printed and written all the same.
+    An interrupt (Ctrl-C) or an error ends the scoring; what was scored until then is printed and written all the same.
 
     Args:
         checkpoint: a checkpoint folder, or the folder of a training run.
@@ -41,7 +41,7 @@ def evaluate_files(
 
     Raises:
         OSError, ValueError, ImportError: as `load_checkpoint`, `read_documents` and `perplexity`; before any work
-            where the reason is to be seen before.
+            where the reason is to be seen before, else behind what was scored.
     """
     for path in paths:
         read_documents(path)  # raises if it is not there
@@ -52,7 +52,7 @@ def evaluate_files(
     model, tokenizer = load_checkpoint(checkpoint)
 
     results: dict[str, Perplexity] = {}
-    complete = False
+    ended: BaseException | None = None
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -75,22 +75,23 @@ def evaluate_files(
                 documents = read_documents(path)
                 result = perplexity(model, tokenizer, documents, window=window, stride=stride, on_progress=show)
                 progress.update(task, total=result.bytes)
-            complete = True
-        except KeyboardInterrupt:
-            pass
+        except (KeyboardInterrupt, Exception) as error:
+            ended = error
 
-    if not results:
+    interrupted = isinstance(ended, KeyboardInterrupt)
+    if results:
+        _print_table(results, first_scored=tokenizer.bos_token_id is not None, window=window, stride=stride)
+        if ended is not None:
+            what = "interrupted" if interrupted else "failed"
+            print(f"{what}: the numbers are those of the text scored until then", file=sys.stderr)
+    elif interrupted:
         print("interrupted before anything was scored", file=sys.stderr)
-        return False
-    _print_table(results, first_scored=tokenizer.bos_token_id is not None, window=window, stride=stride)
-    if not complete:
-        print("interrupted: the numbers are those of the text scored until then", file=sys.stderr)
-    if json_path is not None:
+    if results and json_path is not None:
         record: dict[str, Any] = {
             "checkpoint": os.fspath(checkpoint),
             "window": window,
             "stride": stride,
-            "complete": complete,
+            "complete": ended is None,
         }
         record["files"] = [{"path": name, **_numbers(result)} for name, result in results.items()]
         record["total"] = _numbers(sum(results.values(), Perplexity()))
@@ -100,7 +101,9 @@ def evaluate_files(
             os.replace(partial, json_path)
         finally:
             partial.unlink(missing_ok=True)
-    return complete
+    if ended is not None and not interrupted:
+        raise ended
+    return not interrupted
 
 
 def _numbers(result: Perplexity) -> dict[str, float | None]:
