@@ -535,7 +535,6 @@ def test_the_report_alone_needs_no_text(whole, tmp_path, monkeypatch, capsys):
     file, out = whole
     before = (out / "toy.md").read_text()
     (out / "toy.md").unlink()
-    monkeypatch.setattr(report, "replace", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["carve", "compare", str(file), "--out", str(out), "--report"])
     with pytest.raises(SystemExit) as end:
         main()

@@ -1,7 +1,6 @@
 """What a comparison trains: a YAML file of mixers and settings -> runs, each with all that decides its result."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ from carve.evals.probes.training import check_context
 from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
+from carve.names import hint
 from carve.train import TrainConfig
 from carve.train.config import settled
 
@@ -308,9 +308,7 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
     allowed = sorted(allowed)
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f", expected {', '.join(allowed)}"
-            raise ValueError(f"{name!r} is no {what}{hint}")
+            raise ValueError(f"{name!r} is no {what}{hint(name, allowed)}")
 
 
 def place(name: str, value: Any, text: str | Path) -> str:

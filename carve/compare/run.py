@@ -30,9 +30,9 @@ from carve.compare.plan import (
     read_plan,
 )
 from carve.compare.report import Results, write_report
+from carve.files import replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
-from carve.train.config import replace_text
 from carve.train.data import Tokens, find_files, fingerprint, tokenise
 from carve.train.tokenizer import load_tokenizer
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from carve.evals.perplexity import Perplexity, perplexity
+from carve.files import replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.text import read_documents
 
@@ -95,12 +96,7 @@ def evaluate_files(
         }
         record["files"] = [{"path": name, **_numbers(result)} for name, result in results.items()]
         record["total"] = _numbers(sum(results.values(), Perplexity()))
-        partial = Path(f"{os.fspath(json_path)}.partial")
-        try:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, json_path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_text(json_path, json.dumps(record, indent=2) + "\n")
     if ended is not None and not interrupted:
         raise ended
     return not interrupted

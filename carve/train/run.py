@@ -20,9 +20,10 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from carve.files import replace_text
 from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
-from carve.train.config import TrainConfig, replace_text, settled
+from carve.train.config import TrainConfig, settled
 from carve.train.data import collate, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 

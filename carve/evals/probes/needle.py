@@ -5,7 +5,6 @@ keys within a sample are distinct, every sample is as long as its length allows,
 the user; without one, tasks that want one hide their needles in RULER's sentences of noise.
 """
 
-import difflib
 import gzip
 import hashlib
 import os
@@ -21,13 +20,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.training import check_context
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
+from carve.names import hint
 from carve.text import read_text
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -255,9 +255,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def needle_task(name: str) -> NeedleTask:
     """The task of that name; ValueError, with the nearest, where there is none."""
     if name not in NEEDLE_TASKS:
-        near = difflib.get_close_matches(name, NEEDLE_TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(NEEDLE_TASKS)}"
-        raise ValueError(f"there is no needle task {name!r}; {hint}")
+        raise ValueError(f"there is no needle task {name!r}{hint(name, NEEDLE_TASKS)}")
     return NEEDLE_TASKS[name]
 
 
@@ -375,15 +373,7 @@ def run_needles(
     left = [case for case in cases if key_of(case[2]) not in results]
     console = Console(stderr=True)
     complete = True
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
+    with progress_on(console) as progress:
         bar = progress.add_task("needles", total=len(left) * samples, status="")
         try:
             for number, (name, length, configuration) in enumerate(left):
