@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,22 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Nor `carve train --help`, which has a flag for every field."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from carve.cli import app
+for arguments in (["--help"], ["train", "--help"]):
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+assert "--seq-len" in shown.output
+print(*{"torch", "transformers", "datasets", "numpy"} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
 
 
 def test_eval_prints_a_table_and_writes_the_numbers(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:

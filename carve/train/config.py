@@ -10,7 +10,6 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from carve.files import replace_text
-from carve.models import CarveConfig
 from carve.names import hint
 
 PRESETS = Path(__file__).parent / "presets"
@@ -60,6 +59,8 @@ class TrainConfig:
     keep: int = _option("Checkpoints to keep, the newest ones.", 2)
 
     def __post_init__(self) -> None:
+        from carve.models import CarveConfig  # not above: `carve --help` needs the fields alone
+
         for each in dataclasses.fields(self):
             self._check_type(each)
         for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "save_every", "log_every", "keep"):
@@ -129,6 +130,8 @@ class TrainConfig:
 def settled(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `TrainConfig` with the defaults of those that are not given, its own and the model's: runs with the
     same are the same, however they were written down."""
+    from carve.models import CarveConfig
+
     own = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.name not in ("data", "model")}
     model = {name: getattr(CarveConfig, name) for name in CarveConfig.__annotations__ if name not in TOKENIZERS}
     return {**own, **fields, "model": model | fields.get("model", {})}
