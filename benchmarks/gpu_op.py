@@ -30,6 +30,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from carve.bench import CONTENTS, Shape, bench, ceilings, draw, markdown, take_turns
+from carve.files import replace_text
 from carve.ops import CarveState, decode_carve
 
 RESULTS = Path(__file__).parent / "results" / "gpu_op.json"
@@ -197,10 +198,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, path)
+    replace_text(path, json.dumps(results, indent=1))
 
 
 def tables(results: dict[str, Any]) -> None:

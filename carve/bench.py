@@ -1,7 +1,6 @@
 """How fast the op is on this device, beside its floors and flash-linear-attention (fla) where that is installed."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
+from carve.files import replace_text
 from carve.ops import chunk_carve
 
 CONTENTS = {"blind": None, "mean": "mean", "read": "read"}
@@ -245,6 +245,4 @@ def report(
     print(f"{shape}\n{name}, {'bfloat16' if place.type == 'cuda' else 'float32'}, medians of {rounds}\n")
     print(markdown(shape, rows, ceilings(place)))
     if json_path is not None:
-        partial = json_path.with_name(json_path.name + ".partial")
-        partial.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
-        os.replace(partial, json_path)
+        replace_text(json_path, json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))

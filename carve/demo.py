@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from carve.evals import perplexity
+from carve.files import replace_text, replacing
 from carve.generation import generate_text
 from carve.inspection import draw_gates, trace_gates
 from carve.models.checkpoint import load_checkpoint
@@ -84,8 +85,9 @@ bits per byte of the held-out files (fewer is better)
 """)
     sample = PROMPT + generate_text(model, tokenizer, PROMPT, max_new_tokens=sample_tokens, seed=0)
     print(f"{' it writes ':-^80}\n{sample}\n{'':-^80}\n")
-    _write(folder / "sample.txt", sample)
-    _write(folder / "results.json", json.dumps({"bits_per_byte": bits, "validation_bytes": size}, indent=2) + "\n")
+    replace_text(folder / "sample.txt", sample)
+    results = {"bits_per_byte": bits, "validation_bytes": size}
+    replace_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     draw_loss(run / "metrics.jsonl", folder / "loss.png", bits)
     excerpt = max(validation, key=len)[:600]
     draw_gates(trace_gates(model, tokenizer, excerpt), folder / "gates.png", title="gates over 600 bytes held out")
@@ -154,7 +156,7 @@ def write_data(folder: Path, train_bytes: int, validation_bytes: int) -> tuple[P
         content = "".join(json.dumps(record) + "\n" for record in parts[part])
         # Left alone where nothing changed: a training that goes on need not tokenise its data again.
         if not out.exists() or out.read_text(encoding="utf-8") != content:
-            _write(out, content)
+            replace_text(out, content)
     return paths["train"], paths["validation"], [record["text"] for record in parts["validation"]]
 
 
@@ -169,12 +171,6 @@ def xz_bits(texts: Sequence[str]) -> float:
     """Bits a byte of what `xz -9` makes of the texts, joined in order."""
     joined = "".join(texts).encode()
     return 8 * len(lzma.compress(joined, preset=9)) / len(joined)
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8", newline="")
-    os.replace(partial, path)
 
 
 # -- the loss curve ----------------------------------------------------------------------------------
@@ -202,6 +198,5 @@ def draw_loss(metrics: Path, out: Path, bits: dict[str, float]) -> None:
     ax.margins(x=0.01)
     ax.grid(alpha=0.3)
     ax.legend()
-    partial = out.with_name(out.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carve.files import replacing
 from carve.mixer import CarveMixer
 from carve.models.checkpoint import load_checkpoint
 from carve.ops import carve_gates
@@ -293,12 +294,8 @@ def draw_gates(trace: GateTrace, out: str | os.PathLike[str], *, title: str = ""
             bar.xaxis.set_minor_locator(NullLocator())
             bar.set_xticks(ticks, [f"{1 - x:.4g}" for x in ticks])
 
-    partial = Path(f"{os.fspath(out)}.partial")
-    try:
+    with replacing(out) as partial:
         figure.savefig(partial, format="png")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _largest(arrays: Sequence[np.ndarray | None]) -> float:

@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,22 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    """Nor `carve train --help`, which has a flag for every field."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from carve.cli import app
+for arguments in (["--help"], ["train", "--help"]):
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+assert "--seq-len" in shown.output
+print(*{"torch", "transformers", "datasets", "numpy"} & set(sys.modules))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
 def test_eval_prints_a_table_and_writes_the_numbers(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:
     lines = tmp_path / "more.jsonl"
     lines.write_text('{"text": "one"}\n{"text": "two and three"}\n')
@@ -125,6 +142,21 @@ def test_an_interrupted_eval_gives_what_it_has(
     outcome = carve("eval", checkpoint, text)
     assert outcome.code == 130
     assert "interrupted before anything was scored" in outcome.err
+
+
+def test_an_eval_that_fails_gives_what_it_has(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "one and two"}\nno JSON\n')
+    outcome = carve("eval", checkpoint, text, bad, text, "--json", tmp_path / "numbers.json")
+    assert outcome.code == 2
+    assert f"carve: error: {bad}, line 2: not JSON" in outcome.err.splitlines()[-1]
+    assert "failed: the numbers are those of the text scored until then" in outcome.err
+    assert f"{perplexity(*load_checkpoint(checkpoint), [TEXT]).bits_per_byte:.4f}" in outcome.out
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["complete"] is False
+    assert [(file["path"], file["bytes"]) for file in numbers["files"]] == [
+        (str(text), len(TEXT.encode())), (str(bad), len("one and two")),
+    ]  # fmt: skip
 
 
 def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: Path, text: Path) -> None:

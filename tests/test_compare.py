@@ -1,9 +1,11 @@
 """`carve compare`: the plan, the measurements against slower ones, an interruption, and the report's numbers."""
 
+import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -145,6 +147,14 @@ def test_another_sequences_content(name, valid):
         assert np.abs(found[8:] - expected[8:]).max() > tolerance("compare_content_effect")
 
 
+def test_scores_that_are_no_numbers_are_refused(valid):
+    model = trained("gdn2-hybrid")
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan  # which nothing before it sees
+    with pytest.raises(ValueError, match="the loss of a token is not finite"):
+        MEASURE.score_windows(model, MEASURE.windows(valid))
+
+
 def test_what_the_content_does_is_reported(valid):
     found = MEASURE.content_report(trained("carve-read"), load_tokenizer("bytes"), valid)
     assert found["off"]["tokens"] == sum(len(x) - 1 for x in documents_of(valid))
@@ -258,6 +268,32 @@ def test_variants_override_the_model(tmp_path):
         ({"mixers": {"gdn2": None, "full_attention": {"model": {"max_position_embeddings": 16}}}},
          "sequences of 32 tokens, but the model has max_position_embeddings = 16"),
         ({"sead": 1}, "'sead' is no field of a comparison; did you mean 'seeds'"),
+        # -- of another kind than expected --
+        ({"mixers": ["gdn2"]}, r"mixers is \['gdn2'\], expected a mapping"),
+        ({"mixers": {1: None}}, "mixers has the name 1, expected a string"),
+        ({"mixers": {"gdn2": "kda"}}, "mixers: gdn2 is 'kda', expected a mapping"),
+        ({"mixers": {"gdn2": {"mixer": ["kda"]}}}, r"mixers: gdn2: mixer is \['kda'\], expected a name"),
+        ({"mixers": {"gdn2": {"mixer": None}}}, "mixers: gdn2: mixer is None, expected a name"),
+        ({"mixers": {"gdn2": {"model": ["x"]}}}, r"mixers: gdn2: model is \['x'\], expected a mapping"),
+        ({"mixers": {"gdn2": {"train": "content_lr"}}}, "mixers: gdn2: train is 'content_lr', expected a mapping"),
+        ({"mixers": {"gdn2": {"train": {"content_lr": "2"}}}}, "mixers: gdn2: content_lr is '2', expected float"),
+        ({"mixers": {"gdn2": {"model": {"chunk_size": None}}}}, "'chunk_size' expected int, got NoneType"),
+        ({"mixers": {"gdn2": {"model": {"num_hidden_layers": "2"}}}}, "num_hidden_layers is '2', expected an integer"),
+        ({"mixers": {"gdn2": {"model": {"num_hidden_layers": None}}}}, "num_hidden_layers is None, expected an integ"),
+        ({"mixers": {"gdn2": {"model": {"hidden_act": "no"}}}}, "hidden_act is 'no', expected one of"),
+        ({"mixers": {"gdn2": {"seeds": None}}}, "seeds is None, expected an integer of at least 1"),
+        ({"seeds": "3"}, "seeds is '3', expected an integer of at least 1"),
+        ({"train": {"model": ["x"]}}, r"train: model is \['x'\], expected a mapping"),
+        ({"train": {"model": {"hidden_size": None}}}, "'hidden_size' expected int, got NoneType"),
+        ({"train": {"steps": "6"}}, "steps is '6', expected int"),
+        ({"train": {"data": ["x"]}}, r"train: data is \['x'\], expected a path"),
+        ({"baseline": ["gdn2"]}, r"baseline is \['gdn2'\], expected one of the mixers"),
+        ({"learning_rates": 1e-3}, "learning_rates is 0.001, expected a list of different positive numbers"),
+        ({"learning_rates": [math.inf]}, r"learning_rates is \[inf\]"),
+        ({"learning_rates": [1, 1.0]}, r"learning_rates is \[1, 1.0\], expected a list of different"),
+        ({"matching": [{"shape": 1}]}, "matching is .*, expected a list of 'shape' and 'parameters'"),
+        ({"tests": ["test.jsonl"]}, r"tests is \['test.jsonl'\], expected a mapping"),
+        ({"tests": {"test": None}}, "tests: test is None, expected a path"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit(fields, said, tmp_path):
@@ -335,7 +371,10 @@ def test_every_mixer_sees_the_same_data_in_the_same_order(texts, tmp_path, monke
 
 
 def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, capsys):
-    """The time is over within the second run: it is saved, taken up again, and ends as without the interruption."""
+    """The time is over within the second run: it is saved, taken up again, and ends as without the interruption.
+
+    In between the texts and the results are moved, and a default and a number are written down in another way.
+    """
     _, out = whole
     expected = read_results(out)
 
@@ -364,13 +403,18 @@ def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(Alarm, "on_step_begin", no_first_steps)
         patch.setattr(training, "ShowProgress", Alarm)
-        assert compare(short, tmp_path / "out", text=texts)
-    found = read_results(tmp_path / "out")
+        shutil.copytree(texts, tmp_path / "texts")
+        (tmp_path / "out").rename(tmp_path / "moved")
+        fields = yaml.safe_load(short.read_text())
+        fields["train"] |= {"clip": 1, "model": {**fields["train"]["model"], "conv_size": 4}}
+        moved = write(tmp_path / "moved.yaml", **fields)
+        assert compare(moved, tmp_path / "moved", text=tmp_path / "texts")
+    found = read_results(tmp_path / "moved")
     assert len(found) == 2
     for key in found:
         assert found[key] == expected[key]
     monkeypatch.setattr(module, "make", None)
-    assert compare(short, tmp_path / "out", text=texts)  # nothing is left to do
+    assert compare(short, tmp_path / "moved", text=texts)  # nothing is left to do
 
 
 def test_a_run_that_another_process_has_is_left_to_it(whole, texts, tmp_path, monkeypatch):
@@ -397,12 +441,40 @@ def test_a_run_that_another_process_has_is_left_to_it(whole, texts, tmp_path, mo
     assert made == [run.described for run in (*runs[1:], runs[0])]
 
 
-def test_a_run_that_diverges_is_a_result(whole, texts, tmp_path):
-    plan = read_plan(write(tmp_path / "c.yaml", learning_rates=[1e6], seeds=1), texts)
-    plan, read = module.read_texts(plan, tmp_path)
+@pytest.mark.parametrize("steps", [1, 6])  # only behind the last step; and within the training
+def test_where_every_run_diverges_the_report_says_so(steps, texts, tmp_path):
+    train = {"steps": steps, "warmup_steps": 0, "log_every": 1}
+    file = write(tmp_path / "c.yaml", learning_rates=[1e39, 1e40], train=train)
+    assert compare(file, tmp_path / "out", text=texts)
+    results = read_results(tmp_path / "out")
+    assert len(results) == 6
+    for record in results.values():
+        assert record["texts"] == {}
+        assert "finite" in record["diverged"]
+    page = (tmp_path / "out" / "c.md").read_text()
+    for label in ("carve-read", "gdn2"):
+        assert row(page, "Equal shape", label)[-1] == "2, 2 diverged"
+        assert row(page, "Perplexity:", label) == ["diverged", "diverged"]
+        assert row(page, "## Learning rates", label) == ["**diverged**", "diverged", ""]
+    assert "Nothing to compare with on test: gdn2 diverged." in page
+
+
+def test_a_run_that_diverges_does_not_end_the_others(texts, tmp_path):
+    mixers = {"carve-read": {"train": {"content_lr": 1e35}}, "gdn2": None}
+    file = write(tmp_path / "c.yaml", mixers=mixers, learning_rates=[1e-3], seeds=1)
+    assert compare(file, tmp_path / "out", text=texts)
+    page = (tmp_path / "out" / "c.md").read_text()
+    assert row(page, "Perplexity:", "carve-read") == ["diverged", "diverged"]
+    assert all(float(cell) > 1 for cell in row(page, "Perplexity:", "gdn2"))
+    assert "Against gdn2" not in page
+
+
+def test_a_perplexity_that_no_float_holds_is_that_of_a_run_that_diverged(texts, tmp_path, monkeypatch):
+    plan, read = module.read_texts(read_plan(write(tmp_path / "c.yaml"), texts), tmp_path)
+    monkeypatch.setattr(Measure, "score_text", lambda *_, **__: {"nats": 7e5, "tokens": 900})
     record = module.make(plan, plan.wanted({})[0], read, tmp_path)
     assert record["texts"] == {}
-    assert "finite" in record["diverged"] or "not a number" in record["diverged"]
+    assert record["diverged"] == "the loss on validation is 778 nats a token, whose perplexity is not finite"
 
 
 def row(page: str, section: str, label: str) -> list[str]:
@@ -464,7 +536,6 @@ def test_the_report_alone_needs_no_text(whole, tmp_path, monkeypatch, capsys):
     file, out = whole
     before = (out / "toy.md").read_text()
     (out / "toy.md").unlink()
-    monkeypatch.setattr(report, "replace", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["carve", "compare", str(file), "--out", str(out), "--report"])
     with pytest.raises(SystemExit) as end:
         main()
@@ -515,6 +586,169 @@ def test_positions_are_compared_over_the_seeds_that_both_have():
             score["by_context"] = [[1, 64, score["nats"], 1]]
     assert report.by_position([ours, base], base, "test")[-1] == "| a | +0.1000 |"
     assert report.position_losses(base, base, "test", "by_context") == {(1, 64): 4.0}
+
+
+# -- the report, from numbers made up so that all of it can be worked out by hand --
+
+
+def scored(loss: float, context: list, carried: list) -> dict:
+    """A text of two windows, of 10 and 30 tokens, with the same loss; `(nats, tokens)` by place, from 1 to 64 on."""
+    ends = [(1, 64), (65, 128), (129, 256)]
+    places = [[[*at, *x] for at, x in zip(ends, some, strict=False)] for some in (context, carried)]
+    windows = [[10 * loss, 10], [30 * loss, 30]]
+    whole = {"nats": 40 * loss, "tokens": 40, "windows": windows, "by_context": places[0]}
+    return whole | {"carried": {"by_position": places[1]}}
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A plan, results and speeds: gdn2 is best at 0.01, carve-read at 0.1, the edge; there they have two seeds."""
+    file = write(tmp_path_factory.mktemp("plan") / "c.yaml", learning_rates=[1e-2, 1e-3, 1e-1])
+    plan, results, speed = read_plan(file).with_facts(facts()), {}, {}
+    sweeps = {"gdn2": {1e-3: 2.5, 1e-2: 2.0, 1e-1: None}, "carve-read": {1e-3: 3.0, 1e-2: 2.2, 1e-1: 2.1}}
+    for label, losses in sweeps.items():
+        for run in plan.sweep(label):
+            loss = losses[run.train["learning_rate"]]
+            texts = {} if loss is None else {"validation": scored(loss, [], [])}
+            results[run.key] = {"texts": texts, "device": "CPU"} | ({"diverged": "..."} if loss is None else {})
+    counts = {"all": 5000, "without embeddings": 3000, "mixers": 1000}
+    gates = [
+        {"erase_shift": [0.1, 0.3], "write_shift": [0.2, 0.2], "same": [0.5, 0.7], "beside": [0.01, 0.03]},
+        {"erase_shift": [0.1, 0.5], "write_shift": [0.0, 0.4], "same": [0.6, 0.6], "beside": [0.02, 0.06]},
+    ]
+    for seed, (validation, test, context) in enumerate(
+        [(2.0, 1.0, [(12, 10), (8, 10)]), (2.4, 1.0, [(24, 20), (8, 10)])]
+    ):
+        texts = {"validation": scored(validation, [], []), "test": scored(test, context, [(10, 10), (20, 10), (3, 1)])}
+        results[plan.run("gdn2", "shape", 1e-2, seed).key] = {"texts": texts, "device": "GPU", "parameters": counts}
+    for seed, (validation, test, context) in enumerate(
+        [(2.1, 0.5, [(7, 10), (3, 10)]), (2.7, 0.7, [(11, 10), (3, 10)])]
+    ):
+        texts = {"validation": scored(validation, [], []), "test": scored(test, context, [(15, 10), (19, 10)])}
+        content = {
+            "off": {"nats": 40 * validation + [4, 12][seed], "tokens": 40},
+            "swapped": {"tokens": 20, "own": 10, "other": [12, 10][seed]},
+            "gates": [{"layer": 3, **gates[seed]}],
+        }
+        record = {"texts": texts, "device": "CPU", "parameters": counts, "content": content}
+        results[plan.run("carve-read", "shape", 1e-1, seed).key] = record
+    for label, rate, rounds in (("gdn2", 1e-2, [1100, 100, 2100]), ("carve-read", 1e-1, [700, 900, 100])):
+        record = {"tokens_per_second": rounds, "peak_bytes": 300 << 20 if label == "gdn2" else None}
+        speed[plan.run(label, "shape", rate, 0).key] = record
+    return plan, results, speed
+
+
+def test_a_page_worked_out_by_hand(made_up, tmp_path):
+    page = report.write_report(*made_up, tmp_path / "c").read_text()
+    assert "6 steps of 128 tokens, 0.000768 M in all" in page
+    assert "Device: CPU, GPU." in page
+    assert "Not complete" not in page
+    sizes = ["5,000", "3,000", "1,000", "32"]
+    assert row(page, "## Equal shape", "gdn2") == [*sizes, "1,100", "300", "2"]
+    assert row(page, "## Equal shape", "carve-read") == [*sizes, "700", "–", "2"]
+    assert row(page, "Perplexity:", "gdn2") == ["9.206 ± 2.570", "2.718 ± 0.000"]  # of e^2 and e^2.4; of e and e
+    assert row(page, "Perplexity:", "carve-read") == ["11.523 ± 4.747", "1.831 ± 0.258"]
+    # Of 0.1 and 0.3, seed by seed: their standard error is 0.1, which Student's t of one degree takes 12.7062 times.
+    assert row(page, "Against gdn2 on validation", "carve-read") == [
+        "+0.2000", "+22.14 %", "-1.0706 to +1.4706", "+0.2000 to +0.2000",
+    ]  # fmt: skip
+    assert row(page, "Against gdn2 on test", "carve-read") == [
+        "-0.4000", "-32.97 %", "-1.6706 to +0.8706", "-0.4000 to -0.4000",
+    ]  # fmt: skip
+    by_context = page[page.index("Difference from gdn2 on test by tokens before it in its window") :]
+    assert by_context.splitlines()[2] == "| mixer | 1 to 64 | 65 to 128 |"
+    assert row(by_context, "", "carve-read") == ["-0.3000", "-0.5000"]
+    carried = page[page.index("Difference from gdn2 on test by tokens before it in its document") :]
+    assert carried.splitlines()[2] == "| mixer | 1 to 64 | 65 to 128 | 129 to 256 |"
+    assert row(carried, "", "carve-read") == ["+0.5000", "-0.1000", "–"]
+    content = page[page.index("What the trained content term does") :]
+    assert content.splitlines()[2] == (
+        "| mixer | content off | content of another text | erase gate moved | write gate moved "
+        "| the same for all tokens | beside the token's own |"
+    )
+    assert row(content, "", "carve-read") == [
+        "+0.2000 ± 0.1414", "+0.0500 ± 0.0707", "0.250 (largest 0.500)", "0.200 (largest 0.400)", "60%", "3%",
+    ]  # fmt: skip
+    rates = page[page.index("## Learning rates") :]
+    assert rates.splitlines()[4] == "| mixer | 0.001 | 0.01 | 0.1 |  |"
+    assert row(rates, "", "gdn2") == ["12.182", "**7.389**", "diverged", ""]
+    assert row(rates, "", "carve-read") == ["20.086", "9.025", "**8.166**", "at the edge"]
+
+
+def test_pictures_worked_out_by_hand(made_up):
+    plan, results, speed = made_up
+    outcomes = outcomes_of(plan, results, speed)
+    texts = ["validation", "test"]
+
+    def lines(ax) -> list:
+        return [[list(map(float, x)) for x in line.get_data()] for line in ax.lines]
+
+    figure = report.draw_perplexity(outcomes, texts)
+    for ax, text, losses in zip(figure.axes, texts, [[(2.1, 2.7), (2, 2.4)], [(0.5, 0.7), (1, 1)]], strict=True):
+        assert ax.get_title() == f"{text}, equal shape"
+        expected = []
+        for at, both in enumerate(losses):
+            found = [math.exp(x) for x in both]
+            expected += [[found, [at, at]], [[sum(found) / 2] * 2, [at - 0.3, at + 0.3]]]
+        assert lines(ax) == [[pytest.approx(x), pytest.approx(y)] for x, y in expected]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["carve-read", "gdn2"]
+    assert figure.axes[0].get_ylim() == (1.5, -0.5)  # the first on top
+
+    figure = report.draw_position(outcomes["shape"], "gdn2", texts)
+    axes = dict(zip(["validation window", "validation", "test window", "test document"], figure.axes, strict=True))
+    for name, differences in {"test window": [-0.3, -0.5], "test document": [0.5, -0.1]}.items():
+        line, zero = axes[name].lines
+        assert line.get_label() == "carve-read"
+        assert list(line.get_xdata()) == pytest.approx([8, math.sqrt(65 * 128)])
+        assert list(line.get_ydata()) == pytest.approx(differences)
+        assert list(zero.get_ydata()) == [0, 0]
+        assert axes[name].get_xlabel().startswith(f"tokens before it in its {name.split()[1]}")
+
+    figure = report.draw_gates(outcomes["shape"])
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in shown if ax.get_title()] == [
+        "carve-read: erase gate moved by content", "carve-read: write gate moved by content",
+    ]  # fmt: skip
+    for ax, moved in zip(shown, [[0.1, 0.4], [0.1, 0.3]], strict=False):
+        np.testing.assert_allclose(ax.images[0].get_array(), [moved])
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["3"]
+
+
+def test_seeds_are_paired_and_windows_weighed_by_their_tokens():
+    ours = dataclasses.replace(outcome("a", [[[31, 10]], [[42, 10]]]), wanted=3)
+    ours = dataclasses.replace(ours, seeds={2: ours.seeds[0], 1: ours.seeds[1]})
+    base = outcome("b", [[[99, 10]], [[40, 10]], [[30, 10]]])
+    mean, low, high = over_seeds(ours, base, "test")  # of 0.1 and 0.2, whose standard error is 0.05
+    assert (mean, low, high) == pytest.approx((0.15, 0.15 - 12.7062 * 0.05, 0.15 + 12.7062 * 0.05), abs=1e-4)
+    assert over_windows(ours, base, "test") == pytest.approx((0.15, 0.15, 0.15))
+    assert over_windows(base, ours, "test") == pytest.approx((-0.15, -0.15, -0.15))
+    assert report.seeds_cell(ours) == "2 of 3"
+    ours = dataclasses.replace(ours, seeds=ours.seeds | {1: {"texts": {}, "diverged": "..."}})
+    assert report.seeds_cell(ours) == "2 of 3, 1 diverged"
+    assert over_seeds(ours, base, "test") is None
+    assert over_windows(ours, base, "test")[0] == pytest.approx(0.1)
+    assert report.perplexities([ours], ["test"])[-1] == "| a | 22.198 |"  # e^3.1, of the seed that is left
+    assert report.differences([ours, base], ours, "test")[-1].startswith("| b | -0.1000 | -9.52 % | – | -0.1000 to ")
+
+    # A quarter of the draws has the first window twice, a quarter the second: 0.1 and 0 are the ends.
+    ours, base = outcome("a", [[[110, 100], [300, 300]]]), outcome("b", [[[100, 100], [300, 300]]])
+    assert over_windows(ours, base, "test") == pytest.approx((10 / 400, 0, 10 / 100))
+    ours, base = (outcome(name, [[[nats, 100], [nats, 300]] * 200]) for name, nats in (("a", 101), ("b", 100)))
+    assert over_windows(ours, base, "test") == pytest.approx((2 / 400, 2 / 400, 2 / 400))  # as many of each in a draw
+
+
+def test_about_nineteen_of_twenty_intervals_hold_the_difference():
+    """Over three seeds that vary, and over 128 windows that do; the difference is -0.01 in all."""
+    generator, held = np.random.default_rng(2), {over_seeds: 0, over_windows: 0}
+    for _ in range(200):
+        base = generator.normal(300, 30, (3, 128))
+        for over, size in ((over_seeds, (3, 1)), (over_windows, (1, 128))):
+            ours = base + generator.normal(-1, 2, size)
+            a, b = (outcome("x", [[[nats, 100] for nats in seed] for seed in some]) for some in (ours, base))
+            _, low, high = over(a, b, "test")
+            held[over] += low < -0.01 < high
+    for count in held.values():
+        assert 0.91 < count / 200 < 0.98
 
 
 def test_an_unfinished_comparison_is_said_to_be_one(whole, texts):

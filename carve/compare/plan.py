@@ -1,10 +1,10 @@
 """What a comparison trains: a YAML file of mixers and settings -> runs, each with all that decides its result."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from carve.evals.probes.training import check_context
 from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
+from carve.names import hint
 from carve.train import TrainConfig
+from carve.train.config import settled
 
 MATCHING = ("shape", "parameters")
 FIELDS = ("train", "mixers", "baseline", "learning_rates", "seeds", "matching", "tests")
@@ -91,7 +93,7 @@ class Plan:
     @property
     def common(self) -> dict[str, Any]:
         """What every result of a folder must agree on."""
-        return {"train": {name: x for name, x in self.train.items() if name not in TEXTS}, "texts": self.facts}
+        return {"train": common_train(self.train), "texts": self.facts}
 
     def seeds_of(self, label: str) -> range:
         return range(self.mixers[label]["seeds"])
@@ -114,7 +116,7 @@ class Plan:
     def run(self, label: str, matching: str, learning_rate: float, seed: int) -> Run:
         model = self.model(label, matching)
         config = CarveConfig(**model)
-        train = {name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"]
+        train = numbers({name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"])
         train |= {"model": model, "learning_rate": learning_rate, "seed": seed}
         whole = {**DEFAULTS, **train, "model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
         whole.pop("log_every")
@@ -168,10 +170,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def common_train(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides every run of a comparison, defaults included, the texts left out."""
+    return {name: x for name, x in settled(train).items() if name in DEFAULTS or name == "model"}
+
+
 def validation_loss(result: Mapping[str, Any]) -> float:
     """Nats a token, infinite where training diverged."""
     score = result["texts"].get("validation")
     return float("inf") if score is None else score["nats"] / score["tokens"]
+
+
+def numbers(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig`, as it takes them: 1 where it is the float 1.0."""
+    floats = {field.name for field in dataclasses.fields(TrainConfig) if field.type is float}
+    return {name: float(x) if name in floats else x for name, x in train.items()}
 
 
 def parameters_of(model: Mapping[str, Any]) -> dict[str, int]:
@@ -240,28 +253,31 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     for name in ("data", "validation"):
         if name not in train:
             raise ValueError(f"train: {name} is missing, expected the path of a text")
-    train = {name: place(name, x, text) if name in TEXTS else x for name, x in train.items()}
-    for name in ("data", "validation"):
         if name in tests:
             raise ValueError(f"tests has {name!r}, expected another name: it is the text of train: {name}")
+    train = {name: place(f"train: {name}", x, text) if name in TEXTS else x for name, x in train.items()}
+    train["model"] = mapping("train: model", train.get("model"))
+    tests = {name: place(f"tests: {name}", x, text) for name, x in tests.items()}
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])
-    if not isinstance(rates, list) or not rates or not all(type(x) in (int, float) and x > 0 for x in rates):
-        raise ValueError(f"learning_rates is {rates!r}, expected a list of positive numbers (written 1.0e-3)")
-    if not isinstance(matching, list) or not matching or set(matching) - set(MATCHING):
+    if not all_different(rates) or not all(type(x) in (int, float) and 0 < x < math.inf for x in rates):
+        raise ValueError(f"learning_rates is {rates!r}, expected a list of different positive numbers (written 1.0e-3)")
+    if not all_different(matching) or not all(x in MATCHING for x in matching):
         raise ValueError(f"matching is {matching!r}, expected a list of {' and '.join(map(repr, MATCHING))}")
     mixers = {}
     for label, entry in mapping("mixers", fields["mixers"]).items():
-        entry = mapping(f"mixers: {label}", entry)
-        check_names(f"field of mixers: {label}", entry, ("mixer", "seeds", "model", "train"))
-        entry = {"mixer": str(label), "seeds": fields.get("seeds", 3), "model": {}, "train": {}} | entry
-        check_names(f"field of mixers: {label}: train", entry["train"], OWN)
-        mixers[str(label)] = entry
-    if fields["baseline"] not in mixers:
+        where = f"mixers: {label}"
+        entry = {"mixer": label, "seeds": fields.get("seeds", 3)} | mapping(where, entry)
+        check_names(f"field of {where}", entry, ("mixer", "seeds", "model", "train"))
+        entry |= {name: mapping(f"{where}: {name}", entry.get(name)) for name in ("model", "train")}
+        check_names(f"field of {where}: train", entry["train"], OWN)
+        mixers[label] = entry
+    if fields["baseline"] not in list(mixers):
         raise ValueError(f"baseline is {fields['baseline']!r}, expected one of the mixers: {', '.join(mixers)}")
-    tests = {str(name): place(name, x, text) for name, x in tests.items()}
     plan = Plan(train, mixers, fields["baseline"], [float(x) for x in rates], matching, tests)
     for label, entry in mixers.items():
         try:
+            if not isinstance(entry["mixer"], str):
+                raise ValueError(f"mixer is {entry['mixer']!r}, expected a name as in carve/evals/mixers.py")
             if type(entry["seeds"]) is not int or entry["seeds"] < 1:
                 raise ValueError(f"seeds is {entry['seeds']!r}, expected an integer of at least 1")
             config = TrainConfig(**(train | entry["train"] | {"model": plan.shape(label)}))
@@ -276,7 +292,15 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {value!r}, expected a mapping")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{name} has the name {key!r}, expected a string (in quotes, if it is a number)")
     return value
+
+
+def all_different(x: Any) -> bool:
+    """Whether it is a list of one thing or more, none of them twice."""
+    return isinstance(x, list) and bool(x) and all(y not in x[:i] for i, y in enumerate(x))
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -284,16 +308,14 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
     allowed = sorted(allowed)
     for name in names:
         if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f", expected {', '.join(allowed)}"
-            raise ValueError(f"{name!r} is no {what}{hint}")
+            raise ValueError(f"{name!r} is no {what}{hint(name, allowed)}")
 
 
 def place(name: str, value: Any, text: str | Path) -> str:
     """The path of a text, or of a tokenizer."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}, expected a path")
-    return value if (name, value) == ("tokenizer", "bytes") else str(Path(text, value))
+    return value if (name, value) == ("train: tokenizer", "bytes") else str(Path(text, value))
 
 
 def is_recurrent(model: Mapping[str, Any]) -> bool:

@@ -1,7 +1,6 @@
 """The report of a comparison: what came out, how sure it is, and pictures of it."""
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from carve.compare.plan import DEFAULTS, Plan, Run, validation_loss
+from carve.files import replace_text, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,12 +153,11 @@ def write_report(plan: Plan, results: Results, speed: Mapping[str, Any], stem: P
     for name, figure in pictures.items():
         if figure is not None:
             path = stem.with_name(f"{stem.name}_{name}.png")
-            replace(path, figure)
+            with replacing(path) as partial:
+                figure.savefig(partial, format="png")
             page.append(f"![{name}]({path.name})")
     path = stem.with_name(f"{stem.name}.md")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text("\n".join(page) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "\n".join(page) + "\n")
     return path
 
 
@@ -207,7 +206,10 @@ def seeds_cell(x: Outcome) -> str:
 
 
 def perplexities(some: Sequence[Outcome], texts: Sequence[str]) -> list[str]:
-    rows = [[x.label, *(spread([math.exp(y) for y in x.losses(text).values()]) for text in texts)] for x in some]
+    rows = []
+    for x in some:
+        cells = [spread([math.exp(y) for y in x.losses(text).values()]) for text in texts]
+        rows.append([x.label, *(["diverged"] * len(texts) if x.diverged == len(x.seeds) else cells)])
     return ["", "Perplexity:", "", *table(["mixer", *texts], rows)]
 
 
@@ -220,8 +222,10 @@ def spread(numbers: Sequence[float], digits: int = 3) -> str:
 
 
 def differences(some: Sequence[Outcome], base: Outcome | None, text: str) -> list[str]:
-    if base is None or not base.losses(text):
+    if base is None:
         return []
+    if base.diverged == len(base.seeds):
+        return ["", f"Nothing to compare with on {text}: {base.label} diverged."]
     rows = []
     for x in some:
         if x.label != base.label and x.losses(text):
@@ -426,9 +430,3 @@ def draw_gates(some: Sequence[Outcome]) -> "Figure | None":
         ax.tick_params(labelsize=7)
         figure.colorbar(image, ax=ax).ax.tick_params(labelsize=7)
     return figure
-
-
-def replace(path: Path, figure: "Figure") -> None:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)

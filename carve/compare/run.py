@@ -19,17 +19,27 @@ import torch
 from rich.console import Console
 
 from carve.compare.measure import Measure, documents_of, measure_speed
-from carve.compare.plan import DEFAULTS, Plan, Run, has_content, is_recurrent, parameters_of, read_plan
+from carve.compare.plan import (
+    DEFAULTS,
+    Plan,
+    Run,
+    common_train,
+    has_content,
+    is_recurrent,
+    parameters_of,
+    read_plan,
+)
 from carve.compare.report import Results, write_report
+from carve.files import replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
-from carve.train.config import replace_text
 from carve.train.data import Tokens, find_files, fingerprint, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 FACTS = "comparison.json"  # what all results of a folder have in common
 RESULTS = "results"  # a file for each run, named by the hash of its configuration
 SPEED = "speed.json"
+LARGEST = 700.0  # nats a token: e to that is about what a float holds
 
 
 def compare(
@@ -69,7 +79,7 @@ def compare(
     if report_only:
         if not (out / FACTS).is_file():
             raise ValueError(f"{out} holds no {FACTS}: expected the folder of a comparison")
-        plan = plan.with_facts(json.loads((out / FACTS).read_text(encoding="utf-8"))["texts"])
+        plan = plan.with_facts(read_json(out / FACTS)["texts"])
         check_folder(plan, out)
         print(write_report(plan, read_results(out), read_speed(out), out / Path(file).stem))
         return True
@@ -147,8 +157,8 @@ def check_folder(plan: Plan, out: Path) -> None:
         if (out / RESULTS).exists():
             raise ValueError(f"{out} holds {RESULTS} but no {FACTS}: expected a new folder, or that of this comparison")
         return
-    was = flat(json.loads((out / FACTS).read_text(encoding="utf-8")))
-    now = flat(json.loads(json.dumps(plan.common)))
+    there = read_json(out / FACTS)
+    was, now = flat(there | {"train": common_train(there["train"])}), flat(json.loads(json.dumps(plan.common)))
     for name in was | now:
         if was.get(name) != now.get(name):
             raise ValueError(
@@ -221,7 +231,7 @@ def work(plan: Plan, texts: dict[str, Tokens], out: Path, console: Console) -> N
 
 
 def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str, Any]:
-    """Train, or go on with it, and measure: the result, as plain data."""
+    """Train, or go on with it, and measure: the result, as plain data. One that diverged is a result too."""
     folder = out / "runs" / run.key
     config = TrainConfig(
         **{name: os.path.abspath(plan.train[name]) for name in ("data", "validation")},
@@ -241,13 +251,23 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
     record |= {"device": device_name(), "torch": torch.__version__}
     try:
         checkpoint = train(config, resume=resume)
+        free_memory()
+        return record | measure_run(run, config, checkpoint, texts)
     except ValueError as error:
-        if "finite" not in str(error):  # what the op says on a CPU of numbers that have run away
+        if "finite" not in str(error):  # what is said of numbers that have run away, by the op on a CPU too
             raise
         return record | {"texts": {}, "diverged": str(error)}
     finally:
         free_memory()
-    metrics = folder / "metrics.jsonl"  # not there if the steps are fewer than those between two lines
+
+
+def measure_run(run: Run, config: TrainConfig, checkpoint: Path, texts: dict[str, Tokens]) -> dict[str, Any]:
+    """What a run that has ended gives, as plain data.
+
+    Raises:
+        ValueError: it diverged: a number, or a perplexity, is not finite.
+    """
+    metrics = checkpoint.parent / "metrics.jsonl"  # not there if the steps are fewer than those between two lines
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     losses = [[line["step"], line["loss"]] for line in map(json.loads, lines) if "loss" in line]
 
@@ -257,15 +277,14 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
     scores = {
         name: measure.score_text(model, tokens, carried=carried) for name, tokens in texts.items() if name != "data"
     }
-    if any(score["nats"] != score["nats"] for score in scores.values()):
-        return record | {"texts": {}, "diverged": "the loss is not a number"}
-    record |= {"losses": losses, "texts": scores}
+    for name, score in scores.items():
+        if (loss := score["nats"] / score["tokens"]) > LARGEST:
+            raise ValueError(f"the loss on {name} is {loss:.0f} nats a token, whose perplexity is not finite")
+    found: dict[str, Any] = {"losses": losses, "texts": scores}
     if has_content(run.train["model"]):
-        record["content"] = measure.content_report(model, tokenizer, texts["validation"])
-    del model
-    free_memory()
+        found["content"] = measure.content_report(model, tokenizer, texts["validation"])
     (checkpoint / "optimizer.pt").unlink(missing_ok=True)  # two thirds of the bytes, for a run that has ended
-    return record
+    return found
 
 
 def speed_runs(plan: Plan, results: Results) -> list[Run]:

@@ -4,7 +4,6 @@
 is: `python -m carve.evals.harness` is its own command line, which knows `--model carve` besides its models.
 """
 
-import difflib
 import functools
 import logging
 import math
@@ -32,6 +31,7 @@ from carve.evals.probes.training import check_context
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.models.configuration_carve import ATTENTION
 from carve.models.modeling_carve import CarveForCausalLM
+from carve.names import hint
 
 try:
     import datasets
@@ -308,9 +308,7 @@ def find_tasks(names: Sequence[str]) -> dict[str, tuple[str, Path]]:
     defined = _definitions()
     for name in names:
         if name not in defined:
-            near = difflib.get_close_matches(name, defined, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"lm-eval has no task {name!r}{hint}")
+            raise ValueError(f"lm-eval has no task {name!r}{hint(name, defined)}")
     return {name: defined[name] for name in names}
 
 
@@ -361,9 +359,9 @@ def load_cases(
             try:
                 loaded = manager.load(spec)["tasks"]
             except (OSError, LookupError, ValueError) as error:
-                hint = f", or --data {name}=FILE" if name in TASKS else ""
-                hint = f"; it takes a network{hint}" if file is None else ""
-                raise ValueError(f"the data of task {name!r} cannot be loaded{hint}: {error}") from error
+                local = f", or --data {name}=FILE" if name in TASKS else ""
+                remedy = f"; it takes a network{local}" if file is None else ""
+                raise ValueError(f"the data of task {name!r} cannot be loaded{remedy}: {error}") from error
             for each, task in loaded.items():
                 if task.config.num_fewshot is None:
                     task.set_config("num_fewshot", 0)

@@ -1,7 +1,8 @@
 """The token mixers that comparisons and probes know by name."""
 
-import difflib
 from typing import Any
+
+from carve.names import hint
 
 READ: dict[str, Any] = {"layer_types": ["carve"], "content": "read", "content_norm": "rms"}
 READ |= {"content_erase": True, "content_write": True}
@@ -37,12 +38,12 @@ def mixer_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
     """The fields of `CarveConfig` that make a model of so many layers use the mixer of that name.
 
     Raises:
-        ValueError: no such mixer, or fewer layers than its period.
+        ValueError: no such mixer, no number of layers, or fewer than its period.
     """
     if name not in MIXERS:
-        near = difflib.get_close_matches(name, MIXERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(MIXERS)}"
-        raise ValueError(f"there is no mixer {name!r}; {hint}")
+        raise ValueError(f"there is no mixer {name!r}{hint(name, MIXERS)}")
+    if type(num_hidden_layers) is not int:
+        raise ValueError(f"num_hidden_layers is {num_hidden_layers!r}, expected an integer")
     fields = MIXERS[name]
     period = fields["layer_types"]
     if num_hidden_layers < len(period):

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from carve.evals.perplexity import Perplexity, perplexity
+from carve.files import replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.text import read_documents
 
@@ -28,7 +29,7 @@ def evaluate_files(
 ) -> bool:
     """Score files with the model of a checkpoint folder; print a table, and write the raw numbers as JSON if asked.
 
-    An interrupt (Ctrl-C) ends the scoring; what was scored until then is printed and written all the same.
+    An interrupt (Ctrl-C) or an error ends the scoring; what was scored until then is printed and written all the same.
 
     Args:
         checkpoint: a checkpoint folder, or the folder of a training run.
@@ -41,7 +42,7 @@ def evaluate_files(
 
     Raises:
         OSError, ValueError, ImportError: as `load_checkpoint`, `read_documents` and `perplexity`; before any work
-            where the reason is to be seen before.
+            where the reason is to be seen before, else behind what was scored.
     """
     for path in paths:
         read_documents(path)  # raises if it is not there
@@ -52,7 +53,7 @@ def evaluate_files(
     model, tokenizer = load_checkpoint(checkpoint)
 
     results: dict[str, Perplexity] = {}
-    complete = False
+    ended: BaseException | None = None
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -75,32 +76,30 @@ def evaluate_files(
                 documents = read_documents(path)
                 result = perplexity(model, tokenizer, documents, window=window, stride=stride, on_progress=show)
                 progress.update(task, total=result.bytes)
-            complete = True
-        except KeyboardInterrupt:
-            pass
+        except (KeyboardInterrupt, Exception) as error:
+            ended = error
 
-    if not results:
+    interrupted = isinstance(ended, KeyboardInterrupt)
+    if results:
+        _print_table(results, first_scored=tokenizer.bos_token_id is not None, window=window, stride=stride)
+        if ended is not None:
+            what = "interrupted" if interrupted else "failed"
+            print(f"{what}: the numbers are those of the text scored until then", file=sys.stderr)
+    elif interrupted:
         print("interrupted before anything was scored", file=sys.stderr)
-        return False
-    _print_table(results, first_scored=tokenizer.bos_token_id is not None, window=window, stride=stride)
-    if not complete:
-        print("interrupted: the numbers are those of the text scored until then", file=sys.stderr)
-    if json_path is not None:
+    if results and json_path is not None:
         record: dict[str, Any] = {
             "checkpoint": os.fspath(checkpoint),
             "window": window,
             "stride": stride,
-            "complete": complete,
+            "complete": ended is None,
         }
         record["files"] = [{"path": name, **_numbers(result)} for name, result in results.items()]
         record["total"] = _numbers(sum(results.values(), Perplexity()))
-        partial = Path(f"{os.fspath(json_path)}.partial")
-        try:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, json_path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return complete
+        replace_text(json_path, json.dumps(record, indent=2) + "\n")
+    if ended is not None and not interrupted:
+        raise ended
+    return not interrupted
 
 
 def _numbers(result: Perplexity) -> dict[str, float | None]:

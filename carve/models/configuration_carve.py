@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, configuration_utils
+from transformers.activations import ACT2FN
 
 from carve.mixer import GATES, CarveMixer
 
@@ -123,6 +124,8 @@ class CarveConfig(PreTrainedConfig):
                 with torch.device("meta"):  # no memory: only to let the layer check its arguments
                     CarveMixer(**self.mixer_arguments(i))
                 break
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACT2FN)}")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 2 for 'sliding_attention'")
         if not set(ATTENTION).isdisjoint(self.layer_types):

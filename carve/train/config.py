@@ -1,19 +1,20 @@
 """What a training run does: one flat dataclass, read from YAML, each field also a flag of `carve train`."""
 
 import dataclasses
-import difflib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
-from carve.models import CarveConfig
+from carve.files import replace_text
+from carve.names import hint
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
+TOKENIZERS = ("vocab_size", "eos_token_id", "pad_token_id")  # of the model: where they are not given, the tokenizer's
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -58,6 +59,8 @@ class TrainConfig:
     keep: int = _option("Checkpoints to keep, the newest ones.", 2)
 
     def __post_init__(self) -> None:
+        from carve.models import CarveConfig  # not above: `carve --help` needs the fields alone
+
         for each in dataclasses.fields(self):
             self._check_type(each)
         for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "save_every", "log_every", "keep"):
@@ -76,8 +79,11 @@ class TrainConfig:
         names = {each.name for each in dataclasses.fields(CarveConfig)}
         for name in self.model:
             if name not in names:
-                raise ValueError(f"model has {name!r}, which CarveConfig does not know{_nearest(name, names)}")
-        CarveConfig(**self.model)  # raises on values that do not fit
+                raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, names)}")
+        try:
+            CarveConfig(**self.model)  # raises on values that do not fit
+        except StrictDataclassError as error:
+            raise ValueError(f"model: {' '.join(str(error).split())}") from error
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
@@ -111,25 +117,24 @@ class TrainConfig:
         names = {each.name for each in dataclasses.fields(cls)}
         for name in fields:
             if name not in names:
-                raise ValueError(f"{name!r} is no field of a training configuration{_nearest(name, names)}")
+                raise ValueError(f"{name!r} is no field of a training configuration{hint(name, names)}")
         if "data" not in fields:
             raise ValueError("data is missing: expected a file, a folder or hub:NAME to train on")
         return cls(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML."""
-        replace_text(Path(path), yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        replace_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file under another name, and rename it when all of it lies on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def settled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig` with the defaults of those that are not given, its own and the model's: runs with the
+    same are the same, however they were written down."""
+    from carve.models import CarveConfig
+
+    own = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.name not in ("data", "model")}
+    model = {name: getattr(CarveConfig, name) for name in CarveConfig.__annotations__ if name not in TOKENIZERS}
+    return {**own, **fields, "model": model | fields.get("model", {})}
 
 
 def _read(source: str | Path) -> dict[str, Any]:
@@ -144,8 +149,3 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or not isinstance(fields.get("model", {}), dict):
         raise ValueError(f"{path} is not a mapping of fields to values (model: a mapping too)")
     return fields
-
-
-def _nearest(name: str, names: set[str]) -> str:
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -20,13 +20,15 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+from carve.files import replace_text
 from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
-from carve.train.config import TrainConfig, replace_text
+from carve.train.config import TrainConfig, settled
 from carve.train.data import collate, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
+PLACES = ("data", "tokenizer", "out", "cache")  # fields of `TrainConfig`; what lies there may be moved
 
 
 class Interrupted(KeyboardInterrupt):
@@ -134,6 +136,8 @@ def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """See that the run's folder is new, or that what it holds is a run with this configuration.
 
+    Texts and tokenizer may lie elsewhere now: `check_data` sees that they are the same.
+
     Raises:
         ValueError: the folder is in use, there is nothing to resume, or a field differs; the message names it.
     """
@@ -145,9 +149,11 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
         return
     if not saved.is_file():
         raise ValueError(f"{out} holds no config.yaml: expected the folder of a training run")
-    for name, was in vars(TrainConfig.load(saved)).items():
-        if name != "out" and getattr(config, name) != was:
-            raise ValueError(f"{name} is {getattr(config, name)!r}, but the run in {out} has {was!r}: it cannot go on")
+    fields = settled(vars(config))
+    for name, was in settled(vars(TrainConfig.load(saved))).items():
+        moved = name in PLACES or (name == "validation" and None not in (was, config.validation))
+        if fields[name] != was and not moved:
+            raise ValueError(f"{name} is {fields[name]!r}, but the run in {out} has {was!r}: it cannot go on")
 
 
 def check_data(out: Path, fingerprints: dict[str, str]) -> None:

@@ -201,6 +201,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
     ]
     keys = {plan(seeds=1, **change)[0].key for change in [{}, *changes]}
     assert len(keys) == len(changes) + 1
+    assert plan(seeds=1, model=TINY | {"rms_norm_eps": 1e-5})[0].key in keys  # the default, written down
 
 
 @pytest.mark.parametrize(
@@ -308,12 +309,16 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         run_probes(plan(), tmp_path)
 
 
-def test_a_diverged_run_is_a_result_and_the_next_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = plan(mixers="gdn,full_attention", seeds=1, learning_rates=[1e38], steps=60)
+@pytest.mark.parametrize("steps", [2, 60])  # with two, attention is seen to diverge only behind the last
+def test_a_diverged_run_is_a_result_and_the_next_is_run(
+    steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = plan(mixers="gdn,full_attention", seeds=1, learning_rates=[3e37], steps=steps)
     assert run_probes(runs, tmp_path)
     for record in read_results(tmp_path / "results.jsonl").values():
         assert record["accuracy"] == 0
         assert record["diverged"].startswith("diverged at step ")
+        assert "finite" in record["diverged"] or "nan" in record["diverged"]
     assert capsys.readouterr().out.count("(1 diverged)") == 2
 
 

@@ -207,7 +207,7 @@ def test_no_answer_is_much_likelier_than_the_others(name: str) -> None:
     [
         ("write-onc", {}, "no task 'write-onc'; did you mean 'write-once'"),
         ("zzz", {}, "no task 'zzz'; expected one of mqar"),
-        ("mqar", {"pair": 3}, "task 'mqar' has no field 'pair', expected one of pairs"),
+        ("mqar", {"pair": 3}, "task 'mqar' has no field 'pair'; did you mean 'pairs'"),
         ("mqar", {"pairs": 0}, "pairs is 0, expected at least 1"),
         ("mqar", {"pairs": 2.5}, "pairs is 2.5, expected an integer"),
         ("mqar", {"pairs": 8, "length": 30}, "length is 30, expected an even number of at least 32"),

@@ -106,6 +106,15 @@ def test_changed_data_is_not_resumed(whole, config_file, tmp_path):
         train(config, resume=True)
 
 
+def test_a_run_goes_on_with_texts_that_were_moved(whole, config_file, tmp_path):
+    """And with defaults written down."""
+    out, text = cut(whole, tmp_path / "run", 6), tmp_path / "text.txt"
+    shutil.copy(TrainConfig.load(config_file).data, text)
+    fields = {"out": str(out), "data": str(text), "cache": str(tmp_path / "cache"), "model": {"conv_size": 4}}
+    assert train(TrainConfig.load(config_file, fields), resume=True).name == "checkpoint-7"
+    assert TrainConfig.load(out / "config.yaml").data == str(text)
+
+
 def test_a_failure_gives_the_terminal_back(config_file, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

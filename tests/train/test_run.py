@@ -201,6 +201,8 @@ def test_a_resumed_run_must_be_the_same(whole, config_file, tmp_path):
         train(TrainConfig.load(config_file, {"out": str(whole), "steps": 8}), resume=True)
     with pytest.raises(ValueError, match=r"holds no config\.yaml"):
         train(TrainConfig.load(config_file, {"out": str(tmp_path)}), resume=True)
+    with pytest.raises(ValueError, match=r"validation is '.*', but the run in .* has None"):
+        train(TrainConfig.load(config_file, {"out": str(whole), "validation": str(config_file)}), resume=True)
 
 
 def test_errors_come_before_the_folder_is_made(config_file, tmp_path):

@@ -5,8 +5,8 @@ keys within a sample are distinct, every sample is as long as its length allows,
 the user; without one, tasks that want one hide their needles in RULER's sentences of noise.
 """
 
-import difflib
 import gzip
+import hashlib
 import os
 import random
 import re
@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.training import check_context
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
+from carve.names import hint
 from carve.text import read_text
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -254,9 +255,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def needle_task(name: str) -> NeedleTask:
     """The task of that name; ValueError, with the nearest, where there is none."""
     if name not in NEEDLE_TASKS:
-        near = difflib.get_close_matches(name, NEEDLE_TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(NEEDLE_TASKS)}"
-        raise ValueError(f"there is no needle task {name!r}; {hint}")
+        raise ValueError(f"there is no needle task {name!r}{hint(name, NEEDLE_TASKS)}")
     return NEEDLE_TASKS[name]
 
 
@@ -353,6 +352,7 @@ def run_needles(
     for name in names:
         needle_task(name)
     sentences = None if haystack is None else read_haystack(haystack)
+    text = None if sentences is None else hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:24]
     results = read_results(out)
     folder = find_checkpoint(checkpoint)
     files = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
@@ -367,21 +367,13 @@ def run_needles(
     for name in names:
         for length in lengths:
             hay = NEEDLE_TASKS[name].haystack
-            source = "noise" if hay == "text" and haystack is None else str(haystack) if hay == "text" else hay
+            source = (text or "noise") if hay == "text" else hay  # by what the text is, not by where it lies
             configuration = {"checkpoint": str(folder), "weights": weights, "task": name, "length": length}
             cases.append((name, length, configuration | {"samples": samples, "haystack": source, "seed": seed}))
     left = [case for case in cases if key_of(case[2]) not in results]
     console = Console(stderr=True)
     complete = True
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
+    with progress_on(console) as progress:
         bar = progress.add_task("needles", total=len(left) * samples, status="")
         try:
             for number, (name, length, configuration) in enumerate(left):
@@ -404,7 +396,8 @@ def run_needles(
         row = {case[1]: case[2] for case in cases if case[0] == name}
         scores = [results.get(key_of(configuration), {}).get("score") for configuration in row.values()]
         shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
-        table.add_row(name, Path(str(row[lengths[0]]["haystack"])).name, *shown)
+        source = str(row[lengths[0]]["haystack"])
+        table.add_row(name, Path(str(haystack)).name if source == text else source, *shown)
     Console().print(table)
     print(f"Mean share of the needles found, in %, by greedy generation on {samples} samples; by tokens of context.")
     return complete

@@ -1,7 +1,6 @@
 """`carve probe`: many small trainings, shared between processes, each run once; a table and a plot of what came out."""
 
 import dataclasses
-import difflib
 import importlib.util
 import os
 import statistics
@@ -14,14 +13,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from carve.evals.mixers import READ
+from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.tasks import TASKS, Task, make_task
 from carve.evals.probes.training import MODEL, probe_config, train_probe
+from carve.files import replacing
 from carve.models import CarveConfig
+from carve.names import hint
 
 RECIPE = ("steps", "batch_size", "learning_rate", "seed", "evaluated")  # arguments of `train_probe`
 SIZES = ("pairs", "length")  # the fields of tasks that make them harder
@@ -108,16 +109,15 @@ def plan_probes(
     known = {field.name for field in dataclasses.fields(CarveConfig)}
     for name in model:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint}")
+            raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, known)}")
 
     dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     runs = []
     for name, task in cases:
         for mixer in mixers:
             config = probe_config(task, mixer, **model)
-            chosen = sorted({*MODEL, *model, *task.model, *READ})
+            own = {field for field in model if getattr(config, field) != getattr(CarveConfig, field)}
+            chosen = sorted({*MODEL, *own, *task.model, *READ})
             fixed = {
                 "task": {"name": name, **dataclasses.asdict(task)},
                 "mixer": mixer,
@@ -205,15 +205,7 @@ def run_probes(
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     complete = True
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
+    with progress_on(console) as progress:
         whole = progress.add_task("runs", total=len(mine), status="")
         current = progress.add_task("steps", total=None, status="")
         try:
@@ -395,6 +387,5 @@ def draw(summaries: Sequence[Summary], out: Path) -> None:
         ax.set_ylabel("accuracy")
     handles = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    figure.savefig(partial, format="png")
-    os.replace(partial, out)
+    with replacing(out) as partial:
+        figure.savefig(partial, format="png")

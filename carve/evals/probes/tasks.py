@@ -4,7 +4,6 @@ A task draws sequences of tokens and the answers that are asked for on the way, 
 the answer itself, to be predicted there (nothing is to be shifted); -100 where nothing is asked.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
@@ -13,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from carve.names import hint
 
 IGNORE = -100
 
@@ -507,11 +508,9 @@ def make_task(name: str, values: dict[str, Any] | None = None) -> Task:
         ValueError: no such task (the message suggests the nearest), no such field, or a value that does not fit.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TASKS)}"
-        raise ValueError(f"there is no task {name!r}; {hint}")
+        raise ValueError(f"there is no task {name!r}{hint(name, TASKS)}")
     known = [field.name for field in fields(TASKS[name])]
     for field in values or {}:
         if field not in known:
-            raise ValueError(f"task {name!r} has no field {field!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"task {name!r} has no field {field!r}{hint(field, known)}")
     return TASKS[name](**(values or {}))

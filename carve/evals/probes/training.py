@@ -107,7 +107,8 @@ def train_probe(
 
     Raises:
         ValueError: an argument out of range.
-        FloatingPointError: the training diverged: the loss or what goes into the op is not finite.
+        FloatingPointError: the training diverged: the loss, what goes into the op or what comes out of the model is
+            not finite, be it only behind the last step.
     """
     for name, number in (("steps", steps), ("batch_size", batch_size), ("evaluated", evaluated)):
         if number < 1:
@@ -127,30 +128,30 @@ def train_probe(
     optimizer = adamw(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     losses: list[tuple[int, float]] = []
-    for step, questions in enumerate(training_batches(task, steps, batch_size, seed, device), start=1):
-        try:
-            logits = answer(model, questions)
-        except ValueError as error:  # the op sees on a CPU what is not finite
-            raise FloatingPointError(f"diverged at step {step}: {error}") from error
-        loss = F.cross_entropy(logits.flatten(0, 1), questions.labels.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        schedule.step()
-        # Reading the loss waits for the device: only now and then.
-        known = step % max(1, steps // 20) == 0 or step == steps
-        if known:
-            losses.append((step, loss.item()))
-            if not math.isfinite(losses[-1][1]):
-                raise FloatingPointError(f"diverged at step {step}: the loss is {losses[-1][1]}")
-        if on_step is not None:
-            on_step(step, losses[-1][1] if known else None)
+    step = 0
+    try:
+        for step, questions in enumerate(training_batches(task, steps, batch_size, seed, device), start=1):
+            loss = F.cross_entropy(answer(model, questions).flatten(0, 1), questions.labels.flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+            # Reading the loss waits for the device: only now and then.
+            known = step % max(1, steps // 20) == 0 or step == steps
+            if known:
+                losses.append((step, loss.item()))
+                if not math.isfinite(losses[-1][1]):
+                    raise FloatingPointError(f"the loss is {losses[-1][1]}")
+            if on_step is not None:
+                on_step(step, losses[-1][1] if known else None)
 
-    model.eval()
-    right, _ = evaluate(model, task, [seed, VALIDATION], evaluated, device)
-    validation = right.mean().item()
-    right, distance = evaluate(model, task, [seed, TEST], evaluated, device)
+        model.eval()
+        right, _ = evaluate(model, task, [seed, VALIDATION], evaluated, device)
+        validation = right.mean().item()
+        right, distance = evaluate(model, task, [seed, TEST], evaluated, device)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"diverged at step {step}: {error}") from error
     return ProbeScore(
         accuracy=right.mean().item(),
         validation=validation,
@@ -211,10 +212,19 @@ def training_batches(
 
 
 def answer(model: CarveForCausalLM, questions: Questions) -> Tensor:
-    """Logits `[B, Q, vocab]`, float32, of all answers asked for."""
+    """Logits `[B, Q, vocab]`, float32, of all answers asked for.
+
+    Raises:
+        FloatingPointError: what goes into the op is not finite, as it sees on a CPU.
+    """
     cuda = questions.input_ids.is_cuda
     with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-        hidden = model.model(questions.input_ids, use_cache=False).last_hidden_state
+        try:
+            hidden = model.model(questions.input_ids, use_cache=False).last_hidden_state
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            raise FloatingPointError(str(error)) from error
         places = questions.places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return model.lm_head(hidden.gather(1, places)).float()
 
@@ -222,13 +232,20 @@ def answer(model: CarveForCausalLM, questions: Questions) -> Tensor:
 def evaluate(
     model: CarveForCausalLM, task: Task, seed: list[int], evaluated: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Whether each answer is right (1.0 or 0.0), and its distance, for so many sequences; both on the CPU."""
+    """Whether each answer is right (1.0 or 0.0), and its distance, for so many sequences; both on the CPU.
+
+    Raises:
+        FloatingPointError: the model's weights have run away.
+    """
     right, distance = [], []
     with torch.inference_mode():
         for i, rows in enumerate(torch.arange(evaluated).split(128)):
             batch = task.draw(len(rows), [*seed, i])
             questions = questions_of(batch, device)
-            right.append((answer(model, questions).argmax(-1) == questions.labels).flatten().double().cpu())
+            logits = answer(model, questions)
+            if not logits.isfinite().all():
+                raise FloatingPointError("the logits are not finite")
+            right.append((logits.argmax(-1) == questions.labels).flatten().double().cpu())
             distance.append(batch.distance[batch.labels != IGNORE])
     return torch.cat(right), torch.cat(distance)
 

@@ -1,0 +1,30 @@
+"""Writing files that have their names only once they are whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Within `with`: a path to write a file to, which takes the place of `path` when all of it lies on the disk.
+
+    Where that fails, what was there is left as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text, and the folders above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
