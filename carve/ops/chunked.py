@@ -323,7 +323,8 @@ class ChunkCarve(torch.autograd.Function):
             outputs = [(y, dy) for y, dy in zip((o, *end), douts, strict=True) if y is not None and y.requires_grad]
             wanted = [y for y in leaves if y is not None]
             ends, dends = zip(*outputs, strict=True)
-            found = iter(torch.autograd.grad(ends, wanted, dends, materialize_grads=True))
+            with torch.autocast(do.device.type, enabled=False):  # else a backward called under it rounds the products
+                found = iter(torch.autograd.grad(ends, wanted, dends, materialize_grads=True))
             grads = each(lambda _: next(found), leaves)  # noqa: B023
             for dy, out in zip(grads[:6], dx, strict=True):
                 if out is not None:
