@@ -226,12 +226,18 @@ class CarveMixer(nn.Module):
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
         sizes |= {"conv_size": conv_size, "content_rank": content_rank, "chunk_size": chunk_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
-        if num_v_heads < 1 or num_v_heads % num_heads:
+        for name, size in (sizes | {"num_v_heads": num_v_heads}).items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected an integer of at least 1")
+        if num_v_heads % num_heads:
             raise ValueError(f"num_v_heads is {num_v_heads}, expected a multiple of num_heads = {num_heads}")
-        if gates not in GATES:
+        flags = {"content_erase": content_erase, "content_write": content_write, "allow_neg_eigval": allow_neg_eigval}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected True or False")
+        if not isinstance(norm_eps, (int, float)) or not 0 < norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {norm_eps!r}, expected a positive number")
+        if gates not in tuple(GATES):
             raise ValueError(f"gates is {gates!r}, expected one of {', '.join(map(repr, GATES))}")
         if content not in ("mean", "read", None):
             raise ValueError(f"content is {content!r}, expected 'mean', 'read' or None")
@@ -378,9 +384,9 @@ class CarveMixer(nn.Module):
         N = x.shape[0]
         if cu_seqlens is not None:
             N = len(check_cu_seqlens(cu_seqlens, *x.shape[:2])) - 1
-        past, memory = (None, None) if state is None else (state.conv, state.memory)
         if state is not None:
             self.check_state(state, N)
+        past, memory = (None, None) if state is None else (state.conv, state.memory)
         op, last = self.project(x, past, cu_seqlens, output_state)
         if memory is not None and decodes(x, cu_seqlens):
             if not in_place or not all(writable(y) for y in memory if y is not None):
@@ -398,6 +404,8 @@ class CarveMixer(nn.Module):
 
     def check_state(self, state: MixerState, N: int) -> None:
         """Raise ValueError unless the state is of N sequences and this layer's sizes; the op checks the memory."""
+        if not isinstance(state, MixerState):
+            raise ValueError(f"state is {type(state).__name__}, expected the MixerState of an earlier call")
         if state.chunk_size != self.chunk_size:
             raise ValueError(f"state is from a layer of chunk_size {state.chunk_size}, expected {self.chunk_size}")
         if len(state.conv) != N:

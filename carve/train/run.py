@@ -81,9 +81,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
     set_seed(config.seed)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model_config = CarveConfig(**({"vocab_size": len(tokenizer)} | special | config.model))
-    if model_config.vocab_size < len(tokenizer):
-        raise ValueError(f"model has vocab_size {model_config.vocab_size}, expected at least {len(tokenizer)} tokens")
+    fields = {"vocab_size": len(tokenizer)} | special | config.model
+    if fields["vocab_size"] < len(tokenizer):
+        raise ValueError(f"model has vocab_size {fields['vocab_size']}, expected at least {len(tokenizer)} tokens")
+    model_config = CarveConfig(**fields)
     model = CarveForCausalLM(model_config)
     if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
         model._keys_to_ignore_on_save = ["lm_head.weight"]
