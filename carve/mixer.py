@@ -285,14 +285,22 @@ class CarveMixer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Mark the decay's parameters, also those that loading a checkpoint puts in place of the first."""
-        if name in ("A_log", "dt_bias"):
-            param._no_weight_decay = True  # type: ignore[union-attr]
         super().register_parameter(name, param)
+        self.mark_parameters()
+
+    def mark_parameters(self) -> None:
+        for name in ("A_log", "dt_bias"):
+            if name in self._parameters:
+                self._parameters[name]._no_weight_decay = True  # type: ignore[union-attr]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, param in self._parameters.items():  # copy.deepcopy drops the marks
-            self.register_parameter(name, param)
+        self.mark_parameters()  # copy.deepcopy drops the marks
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CarveMixer":
+        super()._apply(*args, **kwargs)
+        self.mark_parameters()  # to_empty, behind a start on the meta device, makes new parameters
+        return self
 
     def initial_values(self) -> dict[str, Tensor]:
         """Initial values of the layer's own parameters, those of its submodules left out.

@@ -336,7 +336,7 @@ def test_the_state_keeps_nothing_else_alive() -> None:
 
 def test_which_parameters_are_not_decayed() -> None:
     layer = make_layer()
-    for copied in (layer, copy.deepcopy(layer), layer.bfloat16()):
+    for copied in (layer, copy.deepcopy(layer), layer.bfloat16(), copy.deepcopy(layer).to_empty(device="cpu")):
         marked = {name for name, p in copied.named_parameters() if getattr(p, "_no_weight_decay", False)}
         assert marked == {"A_log", "dt_bias"}
 
