@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,30 @@ from carve.models import CarveConfig
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number, as it is to Python; PyYAML takes it for a word unless it is written 5.0e-4."""
+
+
+class Dumper(yaml.SafeDumper):
+    """What `Loader` reads back: the word 5e-4 gets quotes."""
+
+
+for each in (Loader, Dumper):
+    each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text, in UTF-8.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 def _option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -118,7 +143,7 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML."""
-        replace_text(Path(path), yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        replace_text(Path(path), yaml.dump(dataclasses.asdict(self), Dumper=Dumper, sort_keys=False))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -138,9 +163,9 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{str(source)!r} is neither a YAML file nor a preset ({', '.join(presets)})")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        fields = read_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model", {}), dict):
         raise ValueError(f"{path} is not a mapping of fields to values (model: a mapping too)")
     return fields
