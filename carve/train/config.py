@@ -55,7 +55,9 @@ class TrainConfig:
 
     data: str = _option("Training text: a file or folder (.jsonl, .parquet, else UTF-8 text), or hub:NAME[:CONFIG].")
     validation: str | None = _option("Validation text, the same; by default the last share of the data.", None)
-    validation_share: float = _option("Share of the data's sequences kept for validation if none is given.", 0.01)
+    validation_share: float = _option(
+        "Share of the data's sequences kept for validation if none is given; 0 to evaluate nothing.", 0.01
+    )
     tokenizer: str = _option("'bytes' (nothing to download), or a tokenizer's folder or Hub name.", "bytes")
     model: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "NAME=VALUE of CarveConfig, e.g. hidden_size=256; repeat for more."}

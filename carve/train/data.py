@@ -235,8 +235,13 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[PackedDataset, PackedDataset]:
+def split_rows(
+    tokens: Tokens, seq_len: int, validation_share: float, name: str = "data"
+) -> tuple[PackedDataset, PackedDataset]:
     """The sequences for training and, of the last share of the text, for validation.
+
+    Args:
+        name: of the text, for the error.
 
     Raises:
         ValueError: the text is too short for a sequence of each.
@@ -244,9 +249,8 @@ def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[P
     total = len(tokens.ids) // seq_len
     held_out = max(1, round(total * validation_share)) if validation_share else 0
     if total - held_out < 1:
-        raise ValueError(
-            f"data has {len(tokens.ids)} tokens: too few for sequences of seq_len = {seq_len} to train and validate on"
-        )
+        both = " to train and validate on" if held_out else ""
+        raise ValueError(f"{name} has {len(tokens.ids)} tokens: too few for sequences of seq_len = {seq_len}{both}")
     rows = range(total)
     return (
         PackedDataset(tokens, seq_len, rows[: total - held_out]),

@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         training, validation = split_rows(tokens, config.seq_len, config.validation_share)
     else:
         training, _ = split_rows(tokens, config.seq_len, 0)
-        validation, _ = split_rows(validation_tokens, config.seq_len, 0)
+        validation, _ = split_rows(validation_tokens, config.seq_len, 0, "validation")
 
     # a pass over the text would end with a batch of another size, for which all would be compiled anew
     args.dataloader_drop_last = len(training) >= config.micro_batch * args.world_size * max(1, args.n_gpu)
