@@ -308,8 +308,11 @@ class ChunkCarve(torch.autograd.Function):
         return o, *state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, *dstate_end: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # once_differentiable would let torch.autograd.grad leave this part out, unsaid
+            raise NotImplementedError(
+                "create_graph=True asks for a second derivative of chunk_carve, which it has not: recurrent_carve has"
+            )
         saved = ctx.saved_tensors
         x, p, begins = saved[:6], saved[6:9], saved[9:]
         dx, dp, dstate = each(torch.zeros_like, x), each(torch.zeros_like, p), each(torch.clone, dstate_end)
