@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in errors[0]
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "gates.png").exists()
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("accelerate", "cuda", "datasets", "lm_eval", "matplotlib", "pyarrow", "scipy", "tensorboard"):
+    sys.modules[name] = None  # as if it were not installed
+from carve.cli import main
+main()
+"""
+
+
+def test_the_command_needs_no_extras_but_says_what_training_needs() -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, "train", "--data", "nowhere"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "carve: error: training needs: pip install 'carve-attention[train]'"
 
 
 def test_what_is_not_utf8_on_standard_input_is_said(carve: Carve, checkpoint: Path) -> None:

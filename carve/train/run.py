@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -55,7 +54,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs.
         OSError: a checkpoint could not be written; those before it are whole.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+        ImportError: the packages that training needs are not installed.
     """
+    try:
+        import accelerate  # noqa: F401  (Trainer imports it, with a message that names no package of ours)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training needs: pip install 'carve-attention[train]'") from error
     out = Path(config.out)
     check_folder(config, out, resume)
     args = arguments(config)
