@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     args.dataloader_drop_last = len(training) >= config.micro_batch * args.world_size * max(1, args.n_gpu)
 
     set_seed(config.seed)
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     fields = {"vocab_size": len(tokenizer)} | special | config.model
     if fields["vocab_size"] < len(tokenizer):
         raise ValueError(f"model has vocab_size {fields['vocab_size']}, expected at least {len(tokenizer)} tokens")
@@ -100,7 +100,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     callbacks = [stop, Metrics(out), progress]
     if args.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
-    bits_a_byte = len(validation_tokens.ids) / validation_tokens.bytes / math.log(2)
+    scored = len(validation_tokens.ids)
+    if tokenizer.bos_token_id is not None:  # which nothing predicts
+        scored -= len(validation_tokens.starts)
+    bits_a_byte = scored / validation_tokens.bytes / math.log(2)
     trainer = CarveTrainer(
         model=model,
         args=args,
