@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from carve.train.config import PRESETS, TrainConfig
+from carve.train.config import PRESETS, TrainConfig, read_yaml
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -320,7 +319,10 @@ def _assignments(option: str, pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--{option} is {pair!r}, expected NAME=VALUE")
-        assigned[name] = yaml.safe_load(value)
+        try:
+            assigned[name] = read_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"--{option} is {pair!r}, whose value is {error}") from error
     return assigned
 
 

@@ -33,10 +33,11 @@ class LayerGates:
 
     Attributes:
         index: of the layer in the model, from 0.
-        layer_type: "carve", "gdn2", "kda" or "gdn".
+        layer_type: as in `CarveConfig.layer_types`.
         erase: `b`, mean over key channels: the share of what is held under the key that is erased.
         erase_spread: standard deviation of `b` over the key channels; 0 where one gate serves the whole head.
-        write: `a`; None for "gdn2", whose write gate has one number a value.
+        write: `a`; None where the write gate has one number a value. Of a "carve_value" layer whose write gate sees the
+            content, half the factor that the content puts on it: 0.5 where there is none.
         keep: `exp(g)`, mean over key channels: the share of memory that outlives the token.
         erase_shift: `|b - b without content|`, mean over key channels; None in a layer without content.
         write_shift: `|a - a without content|`; None where the write gate does not see the content.

@@ -238,12 +238,18 @@ class CarveMixer(nn.Module):
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "head_dim": head_dim, "v_head_dim": v_head_dim}
         sizes |= {"conv_size": conv_size, "content_rank": content_rank, "chunk_size": chunk_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}, expected at least 1")
-        if num_v_heads < 1 or num_v_heads % num_heads:
+        for name, size in (sizes | {"num_v_heads": num_v_heads}).items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected an integer of at least 1")
+        if num_v_heads % num_heads:
             raise ValueError(f"num_v_heads is {num_v_heads}, expected a multiple of num_heads = {num_heads}")
-        if gates not in GATES:
+        flags = {"content_erase": content_erase, "content_write": content_write, "allow_neg_eigval": allow_neg_eigval}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} is {flag!r}, expected True or False")
+        if not isinstance(norm_eps, (int, float)) or not 0 < norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {norm_eps!r}, expected a positive number")
+        if gates not in tuple(GATES):
             raise ValueError(f"gates is {gates!r}, expected one of {', '.join(map(repr, GATES))}")
         if content not in ("mean", "read", None):
             raise ValueError(f"content is {content!r}, expected 'mean', 'read' or None")
@@ -291,14 +297,22 @@ class CarveMixer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Mark the decay's parameters, also those that loading a checkpoint puts in place of the first."""
-        if name in ("A_log", "dt_bias"):
-            param._no_weight_decay = True  # type: ignore[union-attr]
         super().register_parameter(name, param)
+        self.mark_parameters()
+
+    def mark_parameters(self) -> None:
+        for name in ("A_log", "dt_bias"):
+            if name in self._parameters:
+                self._parameters[name]._no_weight_decay = True  # type: ignore[union-attr]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name, param in self._parameters.items():  # copy.deepcopy drops the marks
-            self.register_parameter(name, param)
+        self.mark_parameters()  # copy.deepcopy drops the marks
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "CarveMixer":
+        super()._apply(*args, **kwargs)
+        self.mark_parameters()  # to_empty, behind a start on the meta device, makes new parameters
+        return self
 
     def initial_values(self) -> dict[str, Tensor]:
         """Initial values of the layer's own parameters, those of its submodules left out.
@@ -390,9 +404,9 @@ class CarveMixer(nn.Module):
         N = x.shape[0]
         if cu_seqlens is not None:
             N = len(check_cu_seqlens(cu_seqlens, *x.shape[:2])) - 1
-        past, memory = (None, None) if state is None else (state.conv, state.memory)
         if state is not None:
             self.check_state(state, N)
+        past, memory = (None, None) if state is None else (state.conv, state.memory)
         op, last = self.project(x, past, cu_seqlens, output_state)
         if memory is not None and decodes(x, cu_seqlens):
             if not in_place or not all(writable(y) for y in memory if y is not None):
@@ -410,6 +424,8 @@ class CarveMixer(nn.Module):
 
     def check_state(self, state: MixerState, N: int) -> None:
         """Raise ValueError unless the state is of N sequences and this layer's sizes; the op checks the memory."""
+        if not isinstance(state, MixerState):
+            raise ValueError(f"state is {type(state).__name__}, expected the MixerState of an earlier call")
         if state.chunk_size != self.chunk_size:
             raise ValueError(f"state is from a layer of chunk_size {state.chunk_size}, expected {self.chunk_size}")
         if len(state.conv) != N:

@@ -194,6 +194,10 @@ def test_inspect_draws_and_says_what_it_left_out(carve: Carve, checkpoint: Path,
         (("generate", "CHECKPOINT"), "the prompt is empty"),
         (("generate", "CHECKPOINT", "--prompt", "x", "--file", "TEXT"), "give --prompt or --file, not both"),
         (("generate", "CHECKPOINT", "--prompt", "x", "--temperature", "-1"), "temperature must be at least 0"),
+        (
+            ("train", "--data", "TEXT", "--model", "layer_types=[carve"),
+            "--model is 'layer_types=[carve', whose value is not",
+        ),
         (("inspect", "CHECKPOINT", "--prompt", "", "--out", "OUT"), "the text to inspect is empty"),
         (("inspect", "CHECKPOINT", "--prompt", "x", "--out", "nowhere/x.png"), "no such folder"),
     ],
@@ -217,6 +221,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert message in errors[0]
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "gates.png").exists()
+
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("accelerate", "cuda", "datasets", "lm_eval", "matplotlib", "pyarrow", "scipy", "tensorboard"):
+    sys.modules[name] = None  # as if it were not installed
+from carve.cli import main
+main()
+"""
+
+
+def test_the_command_needs_no_extras_but_says_what_training_needs() -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, "train", "--data", "nowhere"]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr.splitlines()[-1] == "carve: error: training needs: pip install 'carve-attention[train]'"
 
 
 def test_what_is_not_utf8_on_standard_input_is_said(carve: Carve, checkpoint: Path) -> None:

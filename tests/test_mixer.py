@@ -335,7 +335,7 @@ def test_the_state_keeps_nothing_else_alive() -> None:
 
 def test_which_parameters_are_not_decayed() -> None:
     layer = make_layer()
-    for copied in (layer, copy.deepcopy(layer), layer.bfloat16()):
+    for copied in (layer, copy.deepcopy(layer), layer.bfloat16(), copy.deepcopy(layer).to_empty(device="cpu")):
         marked = {name for name, p in copied.named_parameters() if getattr(p, "_no_weight_decay", False)}
         assert marked == {"A_log", "dt_bias"}
 
@@ -357,10 +357,18 @@ def test_initial_decay_is_of_the_stated_range(gates: str) -> None:
         ({"content": "max"}, "content is 'max', expected 'mean', 'read' or None"),
         ({"content_norm": "l2"}, "content_norm is 'l2', expected 'rms' or None"),
         ({"num_v_heads": 3}, "num_v_heads is 3, expected a multiple of num_heads = 2"),
-        ({"num_v_heads": 0}, "num_v_heads is 0, expected a multiple"),
-        ({"chunk_size": 0}, "chunk_size is 0, expected at least 1"),
-        ({"conv_size": 0}, "conv_size is 0, expected at least 1"),
-        ({"content_rank": -1}, "content_rank is -1, expected at least 1"),
+        ({"num_v_heads": 0}, "num_v_heads is 0, expected an integer of at least 1"),
+        ({"num_v_heads": "4"}, "num_v_heads is '4', expected an integer of at least 1"),
+        ({"chunk_size": 0}, "chunk_size is 0, expected an integer of at least 1"),
+        ({"chunk_size": None}, "chunk_size is None, expected an integer of at least 1"),
+        ({"conv_size": 0}, "conv_size is 0, expected an integer of at least 1"),
+        ({"head_dim": 8.0}, "head_dim is 8.0, expected an integer of at least 1"),
+        ({"content_rank": -1}, "content_rank is -1, expected an integer of at least 1"),
+        ({"content_rank": True}, "content_rank is True, expected an integer of at least 1"),
+        ({"content_write": "no"}, "content_write is 'no', expected True or False"),
+        ({"allow_neg_eigval": 1}, "allow_neg_eigval is 1, expected True or False"),
+        ({"norm_eps": -1e-5}, "norm_eps is -1e-05, expected a positive number"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan, expected a positive number"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
@@ -382,6 +390,9 @@ def test_bad_inputs_are_named() -> None:
             layer(x[:1], cu_seqlens=torch.tensor(bounds))
     with pytest.raises(ValueError, match=r"cu_seqlens is torch\.float32"):
         layer(x[:1], cu_seqlens=torch.tensor([0.0, 5.0]))
+    _, state = layer(x)
+    with pytest.raises(ValueError, match="state is CarveState, expected the MixerState of an earlier call"):
+        layer(x, state.memory)
 
 
 @pytest.mark.parametrize(

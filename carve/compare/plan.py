@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from carve.evals.mixers import mixer_fields
 from carve.evals.probes.training import check_context
@@ -20,7 +19,7 @@ from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
 from carve.names import hint
 from carve.train import TrainConfig
-from carve.train.config import settled
+from carve.train.config import read_yaml, settled
 
 MATCHING = ("shape", "parameters")
 FIELDS = ("train", "mixers", "baseline", "learning_rates", "seeds", "matching", "tests")
@@ -239,9 +238,9 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     if not path.is_file():
         raise ValueError(f"{str(file)!r} is no file, expected the YAML file of a comparison")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        fields = read_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} is not a mapping of fields to values")
     check_names("field of a comparison", fields, FIELDS)
@@ -260,7 +259,7 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     tests = {name: place(f"tests: {name}", x, text) for name, x in tests.items()}
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])
     if not all_different(rates) or not all(type(x) in (int, float) and 0 < x < math.inf for x in rates):
-        raise ValueError(f"learning_rates is {rates!r}, expected a list of different positive numbers (written 1.0e-3)")
+        raise ValueError(f"learning_rates is {rates!r}, expected a list of different positive numbers")
     if not all_different(matching) or not all(x in MATCHING for x in matching):
         raise ValueError(f"matching is {matching!r}, expected a list of {' and '.join(map(repr, MATCHING))}")
     mixers = {}

@@ -119,6 +119,8 @@ def check_cache(cache: Cache, config: CarveConfig, B: int) -> None:
         config: the model's configuration.
         B: rows of the batch.
     """
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is {type(cache).__name__}, expected a CarveCache or None")
     assert config.layer_types is not None
     wanted = [DYNAMIC_LAYER_TYPE_MAPPING[layer_type] for layer_type in config.layer_types]
     if [type(layer) for layer in cache.layers] != wanted:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import torch
@@ -110,6 +111,18 @@ class CarveConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}, expected a positive number")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range is {self.initializer_range}, expected a number of at least 0")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout is {self.attention_dropout}, expected from 0 to below 1")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(map(repr, ACT2FN))}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, expected None or from 0 to below vocab_size = {self.vocab_size}"
+            )
         assert self.layer_types is not None
         for name in self.layer_types:
             if name not in LAYER_TYPES:

@@ -223,7 +223,8 @@ class CarveModel(CarvePreTrainedModel):
             past_key_values: the cache of an earlier call with `use_cache`: the tokens continue those it has seen.
             inputs_embeds: `[B, T, D]`, in place of input_ids.
             use_cache: also return a cache. By default `config.use_cache`, but not in training or with packed documents.
-            output_hidden_states: also return the stream before each block and behind the last norm.
+            output_hidden_states: also return the stream before each block and behind the last norm. By default
+                `config.output_hidden_states`.
             cu_seqlens: `[N + 1]` int32 or int64, for N documents packed into B = 1.
 
         Raises:
@@ -249,6 +250,8 @@ class CarveModel(CarvePreTrainedModel):
             raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache and past_key_values is None:
             past_key_values = CarveCache(self.config)
 

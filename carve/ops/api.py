@@ -98,7 +98,7 @@ def chunk_carve(
         ValueError: an argument does not fit, or the backend named does not serve the inputs; the message names it,
             what it is and what was expected.
         RuntimeError: the kernels of the backend named could not be compiled; the message holds the compiler's log.
-        NotImplementedError: a second or forward-mode derivative of kernels was asked for.
+        NotImplementedError: a second derivative was asked for, or a forward-mode one of kernels.
 
     For a CUDA graph, run once before the capture: kernels are compiled and loaded at first use.
 

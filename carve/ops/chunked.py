@@ -308,8 +308,11 @@ class ChunkCarve(torch.autograd.Function):
         return o, *state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, *dstate_end: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # once_differentiable would let torch.autograd.grad leave this part out, unsaid
+            raise NotImplementedError(
+                "create_graph=True asks for a second derivative of chunk_carve, which it has not: recurrent_carve has"
+            )
         saved = ctx.saved_tensors
         x, p, begins = saved[:6], saved[6:9], saved[9:]
         dx, dp, dstate = each(torch.zeros_like, x), each(torch.zeros_like, p), each(torch.clone, dstate_end)
@@ -323,7 +326,8 @@ class ChunkCarve(torch.autograd.Function):
             outputs = [(y, dy) for y, dy in zip((o, *end), douts, strict=True) if y is not None and y.requires_grad]
             wanted = [y for y in leaves if y is not None]
             ends, dends = zip(*outputs, strict=True)
-            found = iter(torch.autograd.grad(ends, wanted, dends, materialize_grads=True))
+            with torch.autocast(do.device.type, enabled=False):  # else a backward called under it rounds the products
+                found = iter(torch.autograd.grad(ends, wanted, dends, materialize_grads=True))
             grads = each(lambda _: next(found), leaves)  # noqa: B023
             for dy, out in zip(grads[:6], dx, strict=True):
                 if out is not None:

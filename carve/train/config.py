@@ -1,6 +1,7 @@
 """What a training run does: one flat dataclass, read from YAML, each field also a flag of `carve train`."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,30 @@ DTYPES = ("float32", "bfloat16")
 TOKENIZERS = ("vocab_size", "eos_token_id", "pad_token_id")  # of the model: where they are not given, the tokenizer's
 
 
+class Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number, as it is to Python; PyYAML takes it for a word unless it is written 5.0e-4."""
+
+
+class Dumper(yaml.SafeDumper):
+    """What `Loader` reads back: the word 5e-4 gets quotes."""
+
+
+for each in (Loader, Dumper):
+    each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a YAML text, in UTF-8.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
 def _option(help: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help}, **kwargs)
 
@@ -31,7 +56,9 @@ class TrainConfig:
 
     data: str = _option("Training text: a file or folder (.jsonl, .parquet, else UTF-8 text), or hub:NAME[:CONFIG].")
     validation: str | None = _option("Validation text, the same; by default the last share of the data.", None)
-    validation_share: float = _option("Share of the data's sequences kept for validation if none is given.", 0.01)
+    validation_share: float = _option(
+        "Share of the data's sequences kept for validation if none is given; 0 to evaluate nothing.", 0.01
+    )
     tokenizer: str = _option("'bytes' (nothing to download), or a tokenizer's folder or Hub name.", "bytes")
     model: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "NAME=VALUE of CarveConfig, e.g. hidden_size=256; repeat for more."}
@@ -124,7 +151,7 @@ class TrainConfig:
 
     def save(self, path: str | Path) -> None:
         """Write all fields as YAML."""
-        replace_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        replace_text(path, yaml.dump(dataclasses.asdict(self), Dumper=Dumper, sort_keys=False))
 
 
 def settled(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,9 +170,9 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{str(source)!r} is neither a YAML file nor a preset ({', '.join(presets)})")
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        fields = read_yaml(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model", {}), dict):
         raise ValueError(f"{path} is not a mapping of fields to values (model: a mapping too)")
     return fields

@@ -1,8 +1,9 @@
 """Text to training sequences: read, tokenise once, keep on disk, pack, with the documents apart.
 
-On disk lie the tokens of all documents one behind the other, each document ended by the end-of-text token, and where
-documents start. Such a folder can itself be given as data, without the text. Sequence i is tokens i L to (i + 1) L. A
-document that goes on into the next sequence starts afresh there: no memory is carried over.
+On disk lie the tokens of all documents one behind the other, each document begun by the tokenizer's BOS token, where
+it has one, and ended by the end-of-text token; and where documents start. Such a folder can itself be given as data,
+without the text. Sequence i is tokens i L to (i + 1) L. A document that goes on into the next sequence starts afresh
+there: no memory is carried over.
 """
 
 import hashlib
@@ -80,7 +81,7 @@ class Tokens:
     Attributes:
         ids: `[tokens]`, uint16 or uint32, memory-mapped.
         starts: `[documents]`, int64: where each document starts.
-        bytes: of UTF-8 text, the end-of-text tokens not counted.
+        bytes: of UTF-8 text, the tokens that begin and end documents not counted.
         fingerprint: of the text and the tokenizer.
     """
 
@@ -125,7 +126,12 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of the tokens and their ids."""
     tokens = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr((tokens, tokenizer.eos_token_id)).encode()).hexdigest()[:24]
+    return hashlib.sha256(repr((tokens, *marks(tokenizer))).encode()).hexdigest()[:24]
+
+
+def marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end and, where there is one, begin a document."""
+    return [tokenizer.eos_token_id, *([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])]
 
 
 def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,7 +148,7 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))).encode())
-    digest.update(str(tokenizer.eos_token_id).encode())
+    digest.update(" ".join(map(str, marks(tokenizer))).encode())
     if data.startswith(HUB):
         digest.update(data.encode())
     else:
@@ -159,21 +165,23 @@ def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
+    end, *begin = marks(tokenizer)
     starts, position, size = [], 0, 0
     columns = (TextColumn("tokenise {task.fields[size]:.1f} MB"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, transient=True) as progress, (partial / "ids.bin").open("wb") as file:
             task = progress.add_task("", total=None, size=0.0)
             for document in read_texts(data):
-                starts.append(position)
+                start = position
                 for ids, length in tokenize_stream(tokenizer, document):
+                    ids = [*begin, *ids] if ids and position == start else ids
                     file.write(np.asarray(ids, dtype=dtype).tobytes())
                     position, size = position + len(ids), size + length
                     progress.update(task, size=size / 1e6)
-                if position == starts[-1]:
-                    starts.pop()  # an empty document
-                    continue
-                file.write(np.asarray([tokenizer.eos_token_id], dtype=dtype).tobytes())
+                if position == start:
+                    continue  # an empty document
+                file.write(np.asarray([end], dtype=dtype).tobytes())
+                starts.append(start)
                 position += 1
             file.flush()
             os.fsync(file.fileno())
@@ -235,8 +243,13 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[PackedDataset, PackedDataset]:
+def split_rows(
+    tokens: Tokens, seq_len: int, validation_share: float, name: str = "data"
+) -> tuple[PackedDataset, PackedDataset]:
     """The sequences for training and, of the last share of the text, for validation.
+
+    Args:
+        name: of the text, for the error.
 
     Raises:
         ValueError: the text is too short for a sequence of each.
@@ -244,9 +257,8 @@ def split_rows(tokens: Tokens, seq_len: int, validation_share: float) -> tuple[P
     total = len(tokens.ids) // seq_len
     held_out = max(1, round(total * validation_share)) if validation_share else 0
     if total - held_out < 1:
-        raise ValueError(
-            f"data has {len(tokens.ids)} tokens: too few for sequences of seq_len = {seq_len} to train and validate on"
-        )
+        both = " to train and validate on" if held_out else ""
+        raise ValueError(f"{name} has {len(tokens.ids)} tokens: too few for sequences of seq_len = {seq_len}{both}")
     rows = range(total)
     return (
         PackedDataset(tokens, seq_len, rows[: total - held_out]),

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -57,7 +56,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs.
         OSError: a checkpoint could not be written; those before it are whole.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+        ImportError: the packages that training needs are not installed.
     """
+    try:
+        import accelerate  # noqa: F401  (Trainer imports it, with a message that names no package of ours)
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training needs: pip install 'carve-attention[train]'") from error
     out = Path(config.out)
     check_folder(config, out, resume)
     args = arguments(config)
@@ -76,16 +81,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         training, validation = split_rows(tokens, config.seq_len, config.validation_share)
     else:
         training, _ = split_rows(tokens, config.seq_len, 0)
-        validation, _ = split_rows(validation_tokens, config.seq_len, 0)
+        validation, _ = split_rows(validation_tokens, config.seq_len, 0, "validation")
 
     # a pass over the text would end with a batch of another size, for which all would be compiled anew
     args.dataloader_drop_last = len(training) >= config.micro_batch * args.world_size * max(1, args.n_gpu)
 
     set_seed(config.seed)
-    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model_config = CarveConfig(**({"vocab_size": len(tokenizer)} | special | config.model))
-    if model_config.vocab_size < len(tokenizer):
-        raise ValueError(f"model has vocab_size {model_config.vocab_size}, expected at least {len(tokenizer)} tokens")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = {"vocab_size": len(tokenizer)} | special | config.model
+    if fields["vocab_size"] < len(tokenizer):
+        raise ValueError(f"model has vocab_size {fields['vocab_size']}, expected at least {len(tokenizer)} tokens")
+    model_config = CarveConfig(**fields)
     model = CarveForCausalLM(model_config)
     if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
         model._keys_to_ignore_on_save = ["lm_head.weight"]
@@ -96,7 +102,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     callbacks = [stop, Metrics(out), progress]
     if args.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
-    bits_a_byte = len(validation_tokens.ids) / validation_tokens.bytes / math.log(2)
+    scored = len(validation_tokens.ids)
+    if tokenizer.bos_token_id is not None:  # which nothing predicts
+        scored -= len(validation_tokens.starts)
+    bits_a_byte = scored / validation_tokens.bytes / math.log(2)
     trainer = CarveTrainer(
         model=model,
         args=args,

@@ -74,6 +74,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        padding_side="left",  # so that generate() goes on where the text ends
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,  # a text that spells a special token is still only text
     )

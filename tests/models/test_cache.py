@@ -199,6 +199,8 @@ def test_a_cache_that_does_not_fit_the_batch_is_refused_and_kept(kind: str) -> N
     with pytest.raises(ValueError, match="past_key_values holds 2 sequences, expected 3"):
         feed(model, tokens(3, 1), cache)
     assert_near(feed(model, ids[:, 5:], cache)[0], feed(model, ids)[0][:, 5:])
+    with pytest.raises(ValueError, match="past_key_values is tuple, expected a CarveCache or None"):
+        feed(model, ids, ())
     with pytest.raises(ValueError, match="past_key_values has the layers"):
         feed(model, ids, DynamicCache())
 

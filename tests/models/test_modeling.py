@@ -264,6 +264,10 @@ def test_the_outputs_that_can_be_asked_for(kind: str) -> None:
     assert torch.equal(model(inputs_embeds=model.model.embed_tokens(ids)).logits, output.logits)
     assert torch.equal(model(ids, return_dict=False)[0], output.logits)
 
+    model = make_model(*KINDS[kind][:1], **KINDS[kind][1], output_hidden_states=True)
+    assert len(model(ids).hidden_states) == model.config.num_hidden_layers + 1
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
 
 def test_when_there_is_a_cache() -> None:
     model, ids = make_model(["carve"]), tokens(1, 5)

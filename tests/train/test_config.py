@@ -82,9 +82,17 @@ def test_unknown_preset_lists_those_there_are():
         TrainConfig.load("small")
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "model: 3\n"])
+def test_numbers_are_written_as_in_python(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: text\nlearning_rate: 5e-4\nmodel: {rms_norm_eps: 1E-6}\nout: '1e-5'\n")
+    config = TrainConfig.load(tmp_path / "c.yaml")
+    assert (config.learning_rate, config.model, config.out) == (5e-4, {"rms_norm_eps": 1e-6}, "1e-5")
+    config.save(tmp_path / "saved.yaml")
+    assert TrainConfig.load(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", [b"a: [", b"- 1\n- 2\n", b"model: 3\n", b"data: \xff"])
 def test_files_that_are_no_mapping(tmp_path, text):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_bytes(text)
     with pytest.raises(ValueError, match=r"c\.yaml is not"):
         TrainConfig.load(tmp_path / "c.yaml")
 

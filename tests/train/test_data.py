@@ -60,6 +60,22 @@ def test_tokens_on_disk_are_the_documents_each_ended(folder, tmp_path):
     assert all(ids[-1] == tokenizer.eos_token_id for ids in found)
 
 
+def test_documents_begin_with_bos_where_there_is_one(folder, tmp_path):
+    plain, tokenizer = byte_tokenizer(), byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    before, tokens = (tokenise(str(folder), each, tmp_path / "cache") for each in (plain, tokenizer))
+    assert before.fingerprint != tokens.fingerprint
+    ends = [*tokens.starts[1:], len(tokens.ids)]
+    found = [tokens.ids[a:b].tolist() for a, b in zip(tokens.starts, ends, strict=True)]
+    assert [tokenizer.decode(ids[1:-1]) for ids in found] == TEXTS
+    assert {(ids[0], ids[-1]) for ids in found} == {(tokenizer.bos_token_id, tokenizer.eos_token_id)}
+    assert tokens.bytes == before.bytes
+    same = byte_tokenizer()  # BOS is of the tokenizer's own tokens: only that it begins documents is new
+    same.bos_token = same.eos_token
+    with pytest.raises(ValueError, match="tokens of another tokenizer"):
+        tokenise(str(tmp_path / "cache" / before.fingerprint), same, tmp_path / "unused")
+
+
 def test_tokenised_once_and_again_when_the_text_changes(folder, tmp_path, monkeypatch):
     tokenise(str(folder), byte_tokenizer(), tmp_path / "cache")
     monkeypatch.setattr("carve.train.data._write_tokens", lambda *_: pytest.fail("tokenised twice"))

@@ -213,6 +213,9 @@ def test_errors_come_before_the_folder_is_made(config_file, tmp_path):
     with pytest.raises(ValueError, match="vocab_size 100"):
         train(TrainConfig.load(config_file, {"out": str(out), "model": {"vocab_size": 100}}))
     assert not (out / "config.yaml").exists()
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(ValueError, match="validation has 6 tokens: too few for sequences of seq_len"):
+        train(TrainConfig.load(config_file, {"out": str(out), "validation": str(tmp_path / "short.txt")}))
     train(TrainConfig.load(config_file, {"out": str(out), "steps": 3}))  # the folder is still as good as new
 
 

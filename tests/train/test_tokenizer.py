@@ -29,6 +29,8 @@ def test_bytes_load_from_a_folder(tmp_path):
     text = "tab\t, snow ☃, <|pad|>"
     assert loaded(text)["input_ids"] == BYTES(text)["input_ids"]
     assert loaded.decode(loaded(text)["input_ids"]) == text
+    pad = loaded.pad_token_id
+    assert loaded(["ab", "c"], padding=True)["input_ids"] == [BYTES("ab")["input_ids"], [pad, *BYTES("c")["input_ids"]]]
 
 
 def test_a_trained_tokenizer(tmp_path):
