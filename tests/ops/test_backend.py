@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from carve.ops import api
-from carve.ops.kernels import cuda
+from carve.ops.kernels import compiler, cuda
 from carve.ops.recurrence import Options, Projections, Tokens
 from tests.ops.cases import Case
 
@@ -165,7 +165,7 @@ def test_a_compiled_function_chooses_while_it_is_traced(
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a device and its installation are like; a test may change it."""
-    found = {"name": "NVIDIA H100", "capability": (9, 0), "shared_room": 232448, "processors": 132, "no_compiler": None}
+    found = {"name": "NVIDIA H100", "capability": 90, "shared_room": 232448, "processors": 132, "no_compiler": None}
     monkeypatch.setattr(cuda, "facts", lambda device: cuda.Device(**found))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return found
@@ -209,6 +209,23 @@ def test_what_it_does_not_serve(h100: dict[str, Any], inputs: dict[str, Any], me
     assert (cuda.why_not(*described(**inputs), OPTIONS) or "").startswith(message)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("K", "heads", "expected"), [(128, 66, 2), (128, 67, 1), (64, 3, 1)])
+def test_a_compiler_follows_how_programs_are_shared_out(
+    h100: dict[str, Any], monkeypatch: pytest.MonkeyPatch, K: int, heads: int, expected: int, dynamic: bool
+) -> None:
+    monkeypatch.setattr(cuda, "facts", compiler.constant(lambda device: cuda.Device(**h100)))
+    device = torch.device("cuda", 77)
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        split = cuda.programs_of_head(x.shape[1], x.shape[1], x.shape[0], device)
+        return x[0, 0] + split + cuda.forward_tile(K, K, "mean", device)
+
+    torch._dynamo.reset()
+    found = torch.compile(count, backend="eager", fullgraph=True, dynamic=dynamic)(torch.zeros(heads, K))
+    assert found == expected + 64
+
+
 def test_too_long_chunks(h100: dict[str, Any]) -> None:
     said = cuda.why_not(*described(), OPTIONS._replace(chunk_size=2**31))
     assert said is not None
@@ -218,7 +235,7 @@ def test_too_long_chunks(h100: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"capability": (7, 5)}, "NVIDIA H100 has compute capability 7.5 and 232448 bytes of shared memory a block, "),
+        ({"capability": 75}, "NVIDIA H100 has compute capability 7.5 and 232448 bytes of shared memory a block, "),
         ({"shared_room": 49152}, "NVIDIA H100 has compute capability 9.0 and 49152 bytes of shared memory a block, "),
         ({"no_compiler": "cuda-core is not installed"}, "cuda-core is not installed"),
     ],

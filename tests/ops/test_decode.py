@@ -167,8 +167,8 @@ def test_gradients_are_refused(name: str) -> None:
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Sets what device there is."""
 
-    def describe(capability: tuple[int, int] = (9, 0)) -> None:
-        room = 232_448 if capability >= (9, 0) else 166_912
+    def describe(capability: int = 90) -> None:
+        room = 232_448 if capability >= 90 else 166_912
         kernel.choose_split.cache_clear()
         monkeypatch.setattr(kernel, "facts", lambda index: cuda.Device("a device", capability, room, 132, None))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -181,17 +181,17 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 @pytest.mark.parametrize(
     ("V", "content", "capability", "expected"),
     [
-        (128, "mean", (9, 0), 4),
-        (256, "read", (9, 0), 4),
-        (64, "mean", (9, 0), 4),
-        (32, "mean", (9, 0), 2),  # a program has at least 16 columns
-        (96, "mean", (9, 0), 2),
-        (128, "mean", (8, 0), 1),  # no clusters
-        (128, "blind", (8, 0), 4),  # none needed
+        (128, "mean", 90, 4),
+        (256, "read", 90, 4),
+        (64, "mean", 90, 4),
+        (32, "mean", 90, 2),  # a program has at least 16 columns
+        (96, "mean", 90, 2),
+        (128, "mean", 80, 1),  # no clusters
+        (128, "blind", 80, 4),  # none needed
     ],
 )
 def test_programs_that_share_a_head(
-    device: Callable[..., None], V: int, content: str, capability: tuple[int, int], expected: int
+    device: Callable[..., None], V: int, content: str, capability: int, expected: int
 ) -> None:
     device(capability)
     assert kernel.choose_split(128, V, 16, content, 4, 0) == expected
@@ -199,7 +199,7 @@ def test_programs_that_share_a_head(
 
 def test_states_that_do_not_fit_into_registers_are_split_or_refused(device: Callable[..., None]) -> None:
     assert kernel.choose_split(256, 256, 16, "read", 4, 0) == 4
-    device((8, 0))
+    device(80)
     assert kernel.choose_split(256, 256, 16, "read", 4, 0) is None
 
 
@@ -227,17 +227,17 @@ def test_what_the_kernel_serves(case: Case, device: Callable[..., None]) -> None
 @pytest.mark.parametrize(
     ("case", "dtype", "capability", "message"),
     [
-        (WIDE, torch.float64, (9, 0), "q has dtype torch.float64, expected torch.bfloat16 or torch.float16 or"),
-        (replace(WIDE, K=40), torch.float16, (9, 0), "K = 40 and V = 64, expected multiples of 16 up to 256"),
-        (replace(WIDE, V=272), torch.float16, (9, 0), "K = 64 and V = 272, expected multiples of 16 up to 256"),
-        (replace(WIDE, R=65), torch.float16, (9, 0), "p_down has R = 65, expected at most 64"),
-        (replace(WIDE, chunk_size=2**31), torch.float16, (9, 0), "chunk_size is 2147483648, expected at most"),
-        (WIDE, torch.float16, (7, 5), "a device has compute capability 7.5, expected at least 8.0"),
-        (replace(WIDE, K=256, V=256), torch.float16, (8, 0), "K = 256 and V = 256 are too large for a device"),
+        (WIDE, torch.float64, 90, "q has dtype torch.float64, expected torch.bfloat16 or torch.float16 or"),
+        (replace(WIDE, K=40), torch.float16, 90, "K = 40 and V = 64, expected multiples of 16 up to 256"),
+        (replace(WIDE, V=272), torch.float16, 90, "K = 64 and V = 272, expected multiples of 16 up to 256"),
+        (replace(WIDE, R=65), torch.float16, 90, "p_down has R = 65, expected at most 64"),
+        (replace(WIDE, chunk_size=2**31), torch.float16, 90, "chunk_size is 2147483648, expected at most"),
+        (WIDE, torch.float16, 75, "a device has compute capability 7.5, expected at least 8.0"),
+        (replace(WIDE, K=256, V=256), torch.float16, 80, "K = 256 and V = 256 are too large for a device"),
     ],
 )
 def test_what_the_kernel_does_not_serve(
-    case: Case, dtype: torch.dtype, capability: tuple[int, int], message: str, device: Callable[..., None]
+    case: Case, dtype: torch.dtype, capability: int, message: str, device: Callable[..., None]
 ) -> None:
     device(capability)
     assert (kernel.why_not(*inputs(case, dtype, "cuda")) or "").startswith(message)

@@ -391,8 +391,9 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("content", ["mean", "read"])
 @pytest.mark.parametrize("how", ["rows", "from a state", "packed", "packed, from a state"])
-def test_the_compiled_layer_on_a_gpu(content: str, how: str) -> None:
-    layer = make_layer(content=content, content_write=True).bfloat16().cuda()
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_compiled_layer_on_a_gpu(content: str, how: str, head_dim: int) -> None:
+    layer = make_layer(content=content, content_write=True, head_dim=head_dim).bfloat16().cuda()
     check_compiled(layer, "cuda", "inductor", how)
 
 

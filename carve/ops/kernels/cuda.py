@@ -59,7 +59,7 @@ class Device(NamedTuple):
     """What there is to run on."""
 
     name: str
-    capability: tuple[int, int]
+    capability: int  # 90 for 9.0; of tuples, compiled, PyTorch 2.11 cannot tell the larger
     shared_room: int  # bytes of shared memory that a program can have
     processors: int
     no_compiler: str | None  # why there is none
@@ -69,14 +69,14 @@ class Device(NamedTuple):
 def facts(device: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(device)
     room = properties.shared_memory_per_block_optin
-    capability = properties.major, properties.minor
+    capability = 10 * properties.major + properties.minor
     return Device(properties.name, capability, room, properties.multi_processor_count, compiler.why_not(device))
 
 
 def programs_of_head(K: int, V: int, heads: int, device: torch.device) -> int:
     """How many programs share a value head: two where `heads`, of all sequences, leave half of the device idle."""
     gpu = facts(device.index or 0)
-    return 2 if K == V == 128 and gpu.capability >= (9, 0) and 2 * heads <= gpu.processors else 1
+    return 2 if K == V == 128 and gpu.capability >= 90 and 2 * heads <= gpu.processors else 1
 
 
 def forward_tile(K: int, V: int, content: str, device: torch.device) -> int:
@@ -103,9 +103,9 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     gpu = facts(device.index or 0)
     tiles = {"forward": 32, "reverse": SAVE, "gradients": SAVE}
     wanted = max(shared_bytes(name, K, V, tile, options.content or "blind") for name, tile in tiles.items())
-    if gpu.capability < (8, 0) or gpu.shared_room < wanted:
+    if gpu.capability < 80 or gpu.shared_room < wanted:
         return (
-            f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))} and {gpu.shared_room} bytes of "
+            f"{gpu.name} has compute capability {gpu.capability / 10} and {gpu.shared_room} bytes of "
             f"shared memory a block, expected at least 8.0 and {wanted}"
         )
     return gpu.no_compiler

@@ -58,7 +58,7 @@ def choose_split(K: int, V: int, R: int, content: str, up: int, device: int) -> 
         if V % (STEP * split) == 0
         and K * V // split <= HELD
         and shared_bytes(K, V, R, split, content, up) <= gpu.shared_room
-        and (split == 1 or not meets or gpu.capability >= (9, 0))
+        and (split == 1 or not meets or gpu.capability >= 90)
     ]
     filling = [split for split in fitting if split >= 4 and V // split <= COLUMNS]
     return next(iter(filling[:1] or fitting[-1:]), None)
@@ -81,8 +81,8 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     if options.chunk_size > LONGEST:
         return f"chunk_size is {options.chunk_size}, expected at most {LONGEST}"
     gpu = facts(device.index or 0)
-    if gpu.capability < (8, 0):
-        return f"{gpu.name} has compute capability {'.'.join(map(str, gpu.capability))}, expected at least 8.0"
+    if gpu.capability < 80:
+        return f"{gpu.name} has compute capability {gpu.capability / 10}, expected at least 8.0"
     if split_of(x, p, options) is None:
         return f"K = {K} and V = {V} are too large for {gpu.name}, expected K V of at most {HELD}"
     return gpu.no_compiler
