@@ -15,6 +15,7 @@ from torch import Tensor
 
 from carve.ops.kernels import compiler
 from carve.ops.kernels.operator import CONTENTS, Inputs, needs_gradient, run_sequences, sum_groups
+from carve.ops.kernels.registration import Operator, refuse_second_derivative
 from carve.ops.recurrence import Options, Projections, Tokens
 from carve.ops.state import CarveState, each
 
@@ -181,8 +182,7 @@ def build_kernels(
 # -- the forward --
 
 
-@torch.library.custom_op("carve::forward", mutates_args=())
-def forward(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -247,8 +247,7 @@ def allocate_states(x: Inputs, chunk_size: int) -> list[Tensor]:
     return [x.v.new_empty(slots(x, chunk_size, tokens), HV, size, dtype=torch.int32) for tokens, size in sizes.items()]
 
 
-@forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     kind, _, chunk_size, _, _, final, save = arguments[14:]
     return tuple(allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save))
 
@@ -256,8 +255,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 # -- the backward --
 
 
-@torch.library.custom_op("carve::backward", mutates_args=())
-def backward(
+def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -340,8 +338,7 @@ def differentiate_projections(
     return [p_down, shifts[..., :K].contiguous(), shifts[..., K].contiguous()]
 
 
-@backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def fake_backward(*arguments: Any) -> list[Tensor]:
     x, kind, begun = Inputs(*arguments[:11]), arguments[16], arguments[21]
     written = allocate_gradients(x, kind, begun)
     heads = [torch.empty_like(y) for y in x[:5] if y is not None]
@@ -367,14 +364,6 @@ def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, .
     return *gradients, None, None, *state, *[None] * 7
 
 
-forward.register_autograd(differentiate, setup_context=keep_for_backward)
-
-
-def refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("the backward of backend='cuda' cannot be differentiated, recurrent_carve in torch's can")
-
-
-backward.register_autograd(refuse_second_derivative)
-
-
+forward = Operator("forward", run_forward, fake_forward, differentiate, keep_for_backward)
+backward = Operator("backward", run_backward, fake_backward, refuse_second_derivative)
 fused = functools.partial(run_sequences, forward)  # what the public op calls

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from carve.ops.kernels import triton_launch
 from carve.ops.kernels.compiler import constant
+from carve.ops.kernels.registration import Operator, refuse_second_derivative
 from carve.ops.kernels.triton_launch import DTYPES, launch, pad
 
 EPS = 1e-6
@@ -60,8 +61,7 @@ def tile_norm(x: Tensor) -> tuple[int, dict[str, int]]:
     return -(-(x.numel() // K) // rows), {"K": K, "BK": pad(K), "ROWS": rows}
 
 
-@torch.library.custom_op("carve::unit", mutates_args=())
-def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+def run_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[..., K]`, contiguous, over its L2 norm; and one over the norm, `[...]` float32."""
     from carve.ops.kernels import triton_layer
 
@@ -71,13 +71,11 @@ def normalise(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, factors
 
 
-@normalise.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def fake_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("carve::unit_backward", mutates_args=())
-def normalise_backward(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
+def run_norm_backward(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
     """The gradient of x from what `carve::unit` returned and the gradient of its first output, contiguous."""
     from carve.ops.kernels import triton_layer
 
@@ -87,8 +85,7 @@ def normalise_backward(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
     return dx
 
 
-@normalise_backward.register_fake
-def _(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
+def fake_norm_backward(y: Tensor, factors: Tensor, dy: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
@@ -102,7 +99,8 @@ def differentiate_unit(ctx: Any, dy: Tensor, _: Any) -> Tensor:
     return normalise_backward(y, factors, dy.to(y.dtype).contiguous())
 
 
-normalise.register_autograd(differentiate_unit, setup_context=keep_unit)
+normalise = Operator("unit", run_norm, fake_norm, differentiate_unit, keep_unit)
+normalise_backward = Operator("unit_backward", run_norm_backward, fake_norm_backward, refuse_second_derivative)
 
 
 # -- causal convolution, SiLU --
@@ -144,8 +142,7 @@ def run_convolution(kernel: Any, x: Tensor, tensors: list[Tensor | None], taps: 
     launch(kernel, x.device, programs, *tensors, B * T, T, D, **constants)
 
 
-@torch.library.custom_op("carve::convolve", mutates_args=())
-def convolve_by_kernel(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+def run_convolve(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
     """`convolve` of contiguous tensors."""
     from carve.ops.kernels import triton_layer
 
@@ -154,13 +151,11 @@ def convolve_by_kernel(x: Tensor, weight: Tensor, before: Tensor | None) -> Tens
     return y
 
 
-@convolve_by_kernel.register_fake
-def _(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
+def fake_convolve(x: Tensor, weight: Tensor, before: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("carve::convolve_backward", mutates_args=())
-def convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+def run_convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight."""
     from carve.ops.kernels import triton_layer
 
@@ -171,8 +166,7 @@ def convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tens
     return dx, shares.sum(0).T.to(weight.dtype).contiguous()
 
 
-@convolve_backward.register_fake
-def _(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
+def fake_convolve_backward(x: Tensor, weight: Tensor, before: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -185,15 +179,7 @@ def differentiate_convolution(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Non
     return *convolve_backward(x, weight, before, dy.to(x.dtype).contiguous()), None
 
 
-convolve_by_kernel.register_autograd(differentiate_convolution, setup_context=keep_convolution)
-
-
-# -- second derivatives --
-
-
-def refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError("the kernels' backward cannot be differentiated, plain torch's on a CPU can")
-
-
-for operator in (normalise_backward, convolve_backward):
-    operator.register_autograd(refuse_second_derivative)
+convolve_by_kernel = Operator("convolve", run_convolve, fake_convolve, differentiate_convolution, keep_convolution)
+convolve_backward = Operator(
+    "convolve_backward", run_convolve_backward, fake_convolve_backward, refuse_second_derivative
+)

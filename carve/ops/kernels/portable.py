@@ -17,6 +17,7 @@ from torch import Tensor
 
 from carve.ops.kernels import triton_launch
 from carve.ops.kernels.operator import CONTENTS, Inputs, run_sequences, sum_groups
+from carve.ops.kernels.registration import Operator, refuse_second_derivative
 from carve.ops.kernels.triton_launch import DTYPES, launch, pad
 from carve.ops.recurrence import Options, Projections, Tokens
 from carve.ops.state import CarveState, each
@@ -220,8 +221,7 @@ def run_blocks(
 # -- the forward --
 
 
-@torch.library.custom_op("carve::portable_forward", mutates_args=())
-def forward(
+def run_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -271,8 +271,7 @@ def allocate(x: Inputs, kind: str, chunk_size: int, final: bool, save: bool) -> 
     ]
 
 
-@forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     kind, _, chunk_size, _, _, final, save = arguments[14:]
     return tuple(allocate(Inputs(*arguments[:11]), kind, chunk_size, final, save))
 
@@ -280,8 +279,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 # -- the backward --
 
 
-@torch.library.custom_op("carve::portable_backward", mutates_args=())
-def backward(
+def run_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -422,8 +420,7 @@ def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
     return [*tokens, *(x.g.new_empty(shape if begun else 0) for shape in x.state_shapes(kind))]
 
 
-@backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def fake_backward(*arguments: Any) -> list[Tensor]:
     x, begun, kind = Inputs(*arguments[:11]), arguments[11] is not None, arguments[18]
     written, (HV, V), K, R = allocate_gradients(x, kind, begun), x.v.shape[2:], x.q.shape[3], x.rank
     heads = [torch.empty_like(y) for y in x[:5] if y is not None]
@@ -450,16 +447,6 @@ def differentiate(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, .
     return *gradients, None, None, *state, *[None] * 7
 
 
-forward.register_autograd(differentiate, setup_context=keep_for_backward)
-
-
-def refuse_second_derivative(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "the backward of backend='triton' cannot be differentiated, recurrent_carve in torch's can"
-    )
-
-
-backward.register_autograd(refuse_second_derivative)
-
-
+forward = Operator("portable_forward", run_forward, fake_forward, differentiate, keep_for_backward)
+backward = Operator("portable_backward", run_backward, fake_backward, refuse_second_derivative)
 fused = functools.partial(run_sequences, forward)  # what the public op calls
