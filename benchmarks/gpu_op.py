@@ -49,7 +49,7 @@ def system() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
     versions = {}
-    for name in ("torch", "triton", "cuda-core", "fla-core"):
+    for name in ("torch", "triton", "cuda-core", "fla-core", "liger-kernel"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -251,7 +251,7 @@ def tables(results: dict[str, Any]) -> None:
 
 def draw_grid(rows: list[dict[str, Any]], device: str) -> None:
     """Time of forward and backward a token and head, against T, H and C, the other sizes as in the main shapes."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     common = {"key_dim": 128, "value_dim": 128}
     panels = [
         ("length", "T (B 1)", common | {"batch": 1, "heads": 16, "chunk_size": 64}),
