@@ -120,34 +120,29 @@ class ShortConvolution(nn.Module):
             The parts convolved, and the last `size - 1` inputs of each sequence, `[N, size - 1, D]`, or None.
         """
         (B, T), sizes = parts[0].shape[:2], [x.shape[2] for x in parts]
-        weights, lags = self.weight.split(sizes), self.weight.shape[1] - 1
-        N = B if cu_seqlens is None else len(cu_seqlens) - 1
+        bounds = None if cu_seqlens is None else Bounds(cu_seqlens, T)
         if past is None and not output_state:
-            bounds = None if cu_seqlens is None else Bounds(cu_seqlens, T)
-            before = None if bounds is None else bounds.before
+            before, weights = None if bounds is None else bounds.before, self.weight.split(sizes)
             return [convolve(x, w, before) for x, w in zip(parts, weights, strict=True)], None
 
-        # each sequence behind the inputs before it
-        begins = [x.new_zeros(N, lags, d) for x, d in zip(parts, sizes, strict=True)]
-        if past is not None:
-            begins = list(past.to(parts[0].dtype).split(sizes, dim=-1))
-        if cu_seqlens is None:
-            extended = [torch.cat(pair, 1) for pair in zip(begins, parts, strict=True)]
-            ys = [convolve(x, w)[:, lags:] for x, w in zip(extended, weights, strict=True)]
-            return ys, torch.cat([x[:, T:] for x in extended], -1) if output_state else None
-
-        bounds = Bounds(cu_seqlens, T)
-        places = torch.arange(T, device=bounds.before.device) + lags * (bounds.sequence + 1)
-        longer = bounds.cu_seqlens + lags * torch.arange(N + 1, device=places.device)
-        lag = torch.arange(lags, device=places.device)
-        firsts, lasts = (longer[:-1].unsqueeze(-1) + lag).flatten(), longer[1:].unsqueeze(-1) - lags + lag
-        before, ys, last = Bounds(longer, T + N * lags).before, [], []
-        for x, begin, w in zip(parts, begins, weights, strict=True):
+        # -- each sequence behind the inputs before it --
+        x, lags = torch.cat(list(parts), -1), self.weight.shape[1] - 1
+        N = B if bounds is None else len(bounds.cu_seqlens) - 1
+        past = x.new_zeros(N, lags, x.shape[2]) if past is None else past.to(x.dtype)
+        if bounds is None:
+            extended = torch.cat([past, x], 1)
+            y, last = convolve(extended, self.weight)[:, lags:], extended[:, T:]
+        else:
+            longer = Bounds(bounds.cu_seqlens + lags * torch.arange(N + 1, device=x.device), T + N * lags)
+            places = torch.arange(T, device=x.device) + lags * (bounds.sequence + 1)
+            lag = torch.arange(lags, device=x.device)
+            firsts = longer.cu_seqlens[:-1].unsqueeze(-1) + lag
             room = x.new_zeros(T + N * lags, x.shape[2])
-            both = room.index_copy(0, places, x[0]).index_copy(0, firsts, begin.flatten(0, 1))
-            ys.append(convolve(both.unsqueeze(0), w, before)[:, places])
-            last.append(both[lasts])
-        return ys, torch.cat(last, -1) if output_state else None
+            extended = room.index_copy(0, places, x[0]).index_copy(0, firsts.flatten(), past.flatten(0, 1))
+            y = convolve(extended.unsqueeze(0), self.weight, longer.before)[:, places]
+            last = extended[longer.cu_seqlens[1:].unsqueeze(-1) - lags + lag]
+        # a view would keep all of x alive
+        return list(y.split(sizes, -1)), last.clone(memory_format=torch.contiguous_format) if output_state else None
 
 
 class Bounds:

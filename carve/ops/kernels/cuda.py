@@ -333,8 +333,8 @@ def differentiate_projections(
     if rms:
         z = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + 1e-8)
     with torch.autocast(x.v.device.type, enabled=False):
-        shifts = torch.einsum("chr,chk->hrk", z, d_shift)
-        p_down = torch.einsum("chv,chr->hvr", means[:-1], d_content[1:])  # a chunk's content is the mean before it
+        shifts = z.permute(1, 2, 0) @ d_shift.transpose(0, 1)
+        p_down = means[:-1].permute(1, 2, 0) @ d_content[1:].transpose(0, 1)  # a chunk's content is the mean before it
     return [p_down, shifts[..., :K].contiguous(), shifts[..., K].contiguous()]
 
 
