@@ -258,6 +258,7 @@ def test_variants_override_the_model(tmp_path):
         ({"train": {"learning_rate": 1.0}}, "'learning_rate' is no field of train"),
         ({"baseline": "kda"}, "baseline is 'kda', expected one of the mixers: carve-read, gdn2"),
         ({"learning_rates": []}, "learning_rates is"),
+        ({"train": {"model": {"content": "read"}}}, "train: model: content is what mixers differ in, expected it"),
         ({"learning_rates": ["fast"]}, "expected a list of different positive numbers"),
         ({"matching": ["size"]}, "matching is"),
         ({"tests": {"validation": "x"}}, "expected another name"),

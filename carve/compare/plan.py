@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from carve.evals.mixers import mixer_fields
+from carve.evals.mixers import MIXERS, mixer_fields
 from carve.evals.probes.training import check_context
 from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
@@ -256,6 +256,11 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
             raise ValueError(f"tests has {name!r}, expected another name: it is the text of train: {name}")
     train = {name: place(f"train: {name}", x, text) if name in TEXTS else x for name, x in train.items()}
     train["model"] = mapping("train: model", train.get("model"))
+    for name in train["model"]:
+        if any(name in fields for fields in MIXERS.values()):
+            raise ValueError(
+                f"train: model: {name} is what mixers differ in, expected it with those that are to have it"
+            )
     tests = {name: place(f"tests: {name}", x, text) for name, x in tests.items()}
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])
     if not all_different(rates) or not all(type(x) in (int, float) and 0 < x < math.inf for x in rates):
