@@ -217,7 +217,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
             {"model": {"chunksize": 3}},
             "model has 'chunksize', which CarveConfig does not know; did you mean 'chunk_size'",
         ),
-        ({"model": {"chunk_size": 0}}, "chunk_size is 0, expected at least 1"),
+        ({"model": {"chunk_size": 0}}, "chunk_size is 0, expected an integer of at least 1"),
         ({"seeds": 0}, "seeds is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"learning_rates": [0.0]}, "learning_rates has 0.0"),
