@@ -6,7 +6,8 @@
 
 Every part's raw numbers go into `results/gpu_op.json` as soon as it is done (parts that were not run keep their
 earlier numbers); `results/gpu_op.png` shows the main shapes, `results/gpu_op_grid.png` the other sizes. Rivals take
-times between CUDA events. fla tunes itself at its first calls, which takes minutes.
+turns within a run; figures are medians of times between CUDA events. fla tunes itself at its first calls, which takes
+minutes.
 """
 
 import argparse

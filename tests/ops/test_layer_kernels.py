@@ -84,12 +84,30 @@ def test_convolution(dtype: torch.dtype, B: int, T: int, D: int, taps: int) -> N
     assert_as_exact(layer.convolve, definition(), normal(B, T, D).to(dtype), 0.5 * normal(D, taps, seed=1).to(dtype))
 
 
-@pytest.mark.parametrize("lengths", [[0, 1, 2, 0, 65, 3, 4, 0], [70]])
+@pytest.mark.parametrize("lengths", [[0, 1, 2, 0, 65, 3, 4, 0], [70], [126, 1, 2, 0, 3], [129, 3]])
 def test_convolution_of_packed_sequences(lengths: list[int]) -> None:
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     before = Bounds(torch.tensor(bounds), bounds[-1]).before.to(DEVICE)
     x, weight = normal(1, bounds[-1], 40).float(), 0.5 * normal(40, 4, seed=1).float()
     assert_as_exact(lambda x, w: layer.convolve(x, w, before), definition(bounds), x, weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_packed_sequence_is_none_of_its_neighbours_business(value: float) -> None:
+    """What is not finite in it stays there, in values and gradients, also where a tile of 128 rows ends in it."""
+    bounds, T, weight = [0, 125, 129, 134], 134, 0.5 * normal(8, 4, seed=1).float().to(DEVICE)
+    before = Bounds(torch.tensor(bounds), T).before.to(DEVICE)
+    x, inside = normal(1, T, 8).float().to(DEVICE), slice(bounds[1], bounds[2])
+    results = []
+    for broken in (False, True):
+        ours = x.clone()
+        if broken:
+            ours[:, inside] = value
+        y = layer.convolve(ours.requires_grad_(), weight, before)
+        (dx,) = torch.autograd.grad(y.sum(), ours)
+        results.append([torch.cat([z[:, : inside.start], z[:, inside.stop :]], 1) for z in (y, dx)])
+    for z, wanted in zip(*results, strict=True):
+        assert torch.equal(z, wanted)
 
 
 def test_wide_weights_of_narrow_inputs() -> None:

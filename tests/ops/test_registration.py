@@ -5,6 +5,7 @@ from typing import Any, List  # noqa: UP035 (PyTorch 2.6 knows no other name of 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carve.ops.kernels.registration import Operator, refuse_second_derivative
@@ -89,6 +90,21 @@ def test_modes_and_other_kinds_of_tensors_see_it() -> None:
     finally:
         scale_op.op = call
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_derivatives_and_vmap_are_refused(grad: bool) -> None:
+    """A kernel goes by addresses: it would leave the tangents out, without a word."""
+    x = torch.randn(3, 4)
+    with torch.set_grad_enabled(grad):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            scale_op(forward_ad.make_dual(x, x), 3.0)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(lambda x: scale_op(x, 3.0)[0], (x,), (x,))
+        with pytest.raises(RuntimeError, match="does not have vmap support"):
+            torch.func.vmap(lambda x: scale_op(x, 3.0)[0])(x)
+        (dx,) = torch.func.vjp(lambda x: scale_op(x, 3.0)[0], x)[1](x)
+    assert torch.equal(dx, 3 * x)
 
 
 def test_second_derivatives_are_refused() -> None:

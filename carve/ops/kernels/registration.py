@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -46,7 +47,9 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not all(map(is_plain, arguments)):
             return self.op(*arguments)
-        return self.function.apply(*arguments) if torch.is_grad_enabled() else self.run(*arguments)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return self.function.apply(*arguments)  # which refuses what a kernel would not see: jvp, vmap
+        return self.run(*arguments)
 
     def run_now(self, *arguments: Any) -> Any:
         found = self.run(*arguments)
