@@ -4,9 +4,6 @@
 devices only, and those of values stand apart.
 """
 
-import functools
-import os
-import warnings
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from carve.ops.chunked import chunked
 from carve.ops.kernels import cuda, portable
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent, recurrent_packed
+from carve.ops.slow import say_slow
 from carve.ops.state import CarveState, each
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -445,17 +443,7 @@ def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, st
     return name
 
 
-@torch.compiler.assume_constant_result  # so that it is run while torch.compile traces
 def fall_back(name: str, device: str, refused: str) -> None:
     """Say that "auto" lands on a slower path; with CARVE_STRICT=1 in the environment, raise."""
     how = "in plain torch, which is slow there" if name == "torch" else f"on {name!r}, which is not the fastest"
-    message = f"on {device} the op runs {how}, because {refused}"
-    if os.environ.get("CARVE_STRICT", "") not in ("", "0"):
-        raise ValueError(f"{message}; CARVE_STRICT forbids it, pass backend={name!r} to choose it")
-    warn_once(f"carve: {message}; pass backend={name!r} to choose it without this warning")
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Warn, once a message in a process: Python's own record is by place, and some settings leave it out."""
-    warnings.warn(message, stacklevel=5)
+    say_slow(f"on {device} the op runs {how}, because {refused}", f"pass backend={name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from carve.ops import api
+from carve.ops import api, slow
 from carve.ops.kernels import compiler, cuda
 from carve.ops.recurrence import Options, Projections, Tokens
 from tests.ops.cases import Case
@@ -36,9 +36,9 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Path]]:
     stubs = {"cuda": Path(), "triton": Path()}
     monkeypatch.setattr(api, "PATHS", stubs)
     monkeypatch.delenv("CARVE_STRICT", raising=False)
-    api.warn_once.cache_clear()
+    slow.warn_once.cache_clear()
     yield stubs
-    api.warn_once.cache_clear()
+    slow.warn_once.cache_clear()
 
 
 def choose(backend: str = "auto", device: str = "meta") -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from carve.ops import CarveState, api, chunk_carve, decode, decode_carve, recurrent_carve
+from carve.ops import CarveState, chunk_carve, decode, decode_carve, recurrent_carve, slow
 from carve.ops.kernels import cuda
 from carve.ops.kernels import decode as kernel
 from carve.ops.recurrence import Options, Projections, Tokens
@@ -245,7 +245,7 @@ def test_what_the_kernel_does_not_serve(
 
 def test_auto_says_that_it_is_slow_on_a_gpu(device: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CARVE_STRICT", raising=False)
-    api.warn_once.cache_clear()
+    slow.warn_once.cache_clear()
     wanted = inputs(replace(WIDE, K=40), device="cuda")
     with pytest.warns(UserWarning, match="the op runs in plain torch, .* because 'cuda' does not serve it: K = 40"):
         assert decode.choose_backend("auto", *wanted) == "torch"

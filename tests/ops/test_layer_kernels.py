@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ pytest.importorskip("triton")  # which has no wheels but for Linux
 
 from carve import CarveMixer
 from carve.mixer import Bounds
+from carve.ops import slow
 from carve.ops.kernels import layer
 from tests.ops.cases import assert_close
 
@@ -165,6 +168,18 @@ def test_second_derivatives_are_refused() -> None:
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="cannot be differentiated"):
             dx.sum().backward()
+
+
+def test_a_slow_path_on_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow.warn_once.cache_clear()
+    monkeypatch.delenv("CARVE_STRICT", raising=False)
+    monkeypatch.setattr(layer, "convolve_in_torch", lambda *_: "slowly")
+    x: Any = SimpleNamespace(is_cuda=True, device="cuda:7", dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"on cuda:7 the short convolution runs in plain torch, .* it has 5 taps"):
+        assert layer.convolve(x, torch.zeros(8, 5)) == "slowly"
+    monkeypatch.setenv("CARVE_STRICT", "1")
+    with pytest.raises(ValueError, match=r"it has 5 taps, .* expected up to 4 taps, .* CARVE_STRICT forbids it"):
+        layer.convolve(x, torch.zeros(8, 5))
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from carve.ops.kernels import triton_launch
 from carve.ops.kernels.compiler import constant
 from carve.ops.kernels.registration import Operator, refuse_second_derivative
 from carve.ops.kernels.triton_launch import DTYPES, launch, pad
+from carve.ops.slow import say_slow
 
 EPS = 1e-6
 NORM_TILE = 4096  # numbers that a program normalises
@@ -119,6 +120,10 @@ def convolve(x: Tensor, weight: Tensor, before: Tensor | None = None) -> Tensor:
     """
     if weight.shape[1] <= TAPS and served(x, weight):
         return convolve_by_kernel(x.contiguous(), weight.contiguous(), before)
+    if x.is_cuda:
+        wanted = f"expected up to {TAPS} taps, 16 or 32 bits, and a GPU and a version that Triton's kernels serve"
+        found = f"it has {weight.shape[1]} taps, {x.dtype} and weights in {weight.dtype}"
+        say_slow(f"on {x.device} the short convolution runs in plain torch, which is slow there: {found}, {wanted}")
     return convolve_in_torch(x, weight, before)
 
 
