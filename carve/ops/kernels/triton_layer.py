@@ -1,6 +1,7 @@
 """The portable GPU kernels of what a layer does around the recurrence: L2 norm, and short convolution with SiLU.
 
-Every element is read and written once, but for a few neighbours that the cache holds. All arithmetic is float32.
+Every element is read and written once, but for a few neighbours that the cache holds. All arithmetic is float32. How
+many tokens there are is no part of what is compiled: no length of a sequence, or of a batch, compiles anything anew.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 # -- L2 norm --
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalise(x, y, factors, rows, eps, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
     """y = x / |x| over K columns, and the factors 1 / |x|: x, y `[rows, K]`, factors `[rows]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -21,7 +22,7 @@ def normalise(x, y, factors, rows, eps, K: tl.constexpr, BK: tl.constexpr, ROWS:
     tl.store(y + at, b_x * factor[:, None], mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def differentiate_norm(y, factors, dy, dx, rows, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr):
     """dx = (dy - y (y . dy)) / |x|"""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -56,7 +57,7 @@ def load_tap(weight, columns, lag, D, TAPS: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T"])
 def convolve(x, weight, before, y, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y = SiLU(z), z_t = sum over lags of w_lag x_{t - lag}: x, y `[tokens, D]`, weight `[D, TAPS]`."""
     tiles = tl.cdiv(D, COLUMNS)
@@ -78,7 +79,7 @@ def load_row(x, row, columns, tokens, D):
     return tl.load(x + row * D + columns, mask=held, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T"])
 def differentiate_convolution(
     x, weight, before, dy, dx, d_weights, tokens, T, D, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
