@@ -152,7 +152,7 @@ def random(*size: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 
 def measure(candidates: dict[str, tuple[Run, Run]], rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
-    """Medians, all times and peak memory of each. Those that run out of memory are so marked and left out."""
+    """Medians, all times and peak memory of each. Those that fail, for want of memory or else, are marked so."""
     rows: dict[str, dict[str, Any]] = {}
     fit: dict[str, tuple[Run, Run]] = {}
     for name, run in candidates.items():
@@ -163,9 +163,10 @@ def measure(candidates: dict[str, tuple[Run, Run]], rounds: int = ROUNDS) -> dic
             first = time.perf_counter() - begin
             rows[name] = {"first_s": first, "peak_mib": peak_memory(run[1], DEVICE)}
             fit[name] = run
-        except torch.OutOfMemoryError:
-            first = time.perf_counter() - begin
-            rows[name] = {"first_s": first, "peak_mib": None, "forward_ms": None, "both_ms": None}
+        except Exception as error:  # the others are to be measured all the same
+            first, why = time.perf_counter() - begin, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            rows[name] = {"first_s": first, "peak_mib": None, "forward_ms": None, "both_ms": None, "failed": why}
+            print(f"  {name}: {why}", file=sys.stderr, flush=True)
         print(f"  {name}: first calls {first:.1f} s", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
     for i, key in enumerate(("forward_ms", "both_ms")):
@@ -396,8 +397,9 @@ def layer() -> dict[str, Any]:
     for kind in KINDS:
         add(kind, "compiled")
     rows = [{"name": name, **row} for name, row in measure(candidates).items()]
-    for name in ("carve mean, plain", "carve mean, compiled"):
-        next(row for row in rows if row["name"] == name)["kernels_ms"] = breakdown(candidates[name][1])
+    for row in rows:
+        if row["name"] in ("carve mean, plain", "carve mean, compiled") and "failed" not in row:
+            row["kernels_ms"] = breakdown(candidates[row["name"]][1])
     return {"rows": rows}
 
 
@@ -505,7 +507,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def number(x: float | None, digits: int = 2) -> str:
-    return "out of memory" if x is None else f"{x:,.{digits}f}"
+    return "failed" if x is None else f"{x:,.{digits}f}"
 
 
 def tables(results: dict[str, Any]) -> None:
