@@ -15,7 +15,7 @@ from carve.names import hint
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
-TOKENIZERS = ("vocab_size", "eos_token_id", "pad_token_id")  # of the model: where they are not given, the tokenizer's
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model: where not given, they are the tokenizer's
 
 
 class Loader(yaml.SafeLoader):
@@ -160,7 +160,8 @@ def settled(fields: Mapping[str, Any]) -> dict[str, Any]:
     from carve.models import CarveConfig
 
     own = {each.name: each.default for each in dataclasses.fields(TrainConfig) if each.name not in ("data", "model")}
-    model = {name: getattr(CarveConfig, name) for name in CarveConfig.__annotations__ if name not in TOKENIZERS}
+    known = [name for name in CarveConfig.__annotations__ if name not in ("vocab_size", *SPECIAL)]
+    model = {name: getattr(CarveConfig, name) for name in known}
     return {**own, **fields, "model": model | fields.get("model", {})}
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from carve.files import replace_text
 from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
-from carve.train.config import TrainConfig, settled
+from carve.train.config import SPECIAL, TrainConfig, settled
 from carve.train.data import collate, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     args.dataloader_drop_last = len(training) >= config.micro_batch * args.world_size * max(1, args.n_gpu)
 
     set_seed(config.seed)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special = {name: getattr(tokenizer, name) for name in SPECIAL}
     fields = {"vocab_size": len(tokenizer)} | special | config.model
     if fields["vocab_size"] < len(tokenizer):
         raise ValueError(f"model has vocab_size {fields['vocab_size']}, expected at least {len(tokenizer)} tokens")

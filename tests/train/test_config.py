@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from carve.cli import app
 from carve.models import CarveConfig
 from carve.train import TrainConfig
-from carve.train.config import PRESETS
+from carve.train.config import PRESETS, settled
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
@@ -100,3 +100,11 @@ def test_files_that_are_no_mapping(tmp_path, text):
 def test_a_saved_config_is_plain_yaml(tmp_path):
     TrainConfig(data="text").save(tmp_path / "c.yaml")
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["tokenizer"] == "bytes"
+
+
+def test_what_is_not_given_is_the_tokenizers_and_not_none() -> None:
+    """A token that the configuration says there is none of is not the same as one that it leaves to the tokenizer."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        left, none = settled({"model": {}}), settled({"model": {name: None}})
+        assert left != none
+        assert name not in left["model"]
