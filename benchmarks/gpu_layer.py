@@ -513,7 +513,8 @@ def number(x: float | None, digits: int = 2) -> str:
 def tables(results: dict[str, Any]) -> None:
     """Print what was measured, as Markdown."""
     devices = {found["system"]["device"] for found in results.values() if "system" in found}
-    print(f"{' and '.join(devices)}, bf16, medians; B {SHAPE.batch}, T {SHAPE.length}, D {WIDTH}, H 16\n")
+    if devices:
+        print(f"{' and '.join(devices)}, bf16, medians; B {SHAPE.batch}, T {SHAPE.length}, D {WIDTH}, H 16\n")
     if "traffic" in results:
         print("| bytes moved in plain torch, GB | forward (least) | forward + backward (least) |\n|---|---|---|")
         for row in results["traffic"]["rows"]:

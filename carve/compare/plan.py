@@ -257,10 +257,8 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     train = {name: place(f"train: {name}", x, text) if name in TEXTS else x for name, x in train.items()}
     train["model"] = mapping("train: model", train.get("model"))
     for name in train["model"]:
-        if any(name in fields for fields in MIXERS.values()):
-            raise ValueError(
-                f"train: model: {name} is what mixers differ in, expected it with those that are to have it"
-            )
+        if any(name in own for own in MIXERS.values()):
+            raise ValueError(f"train: model: {name} is what mixers differ in, expected it with one of them")
     tests = {name: place(f"tests: {name}", x, text) for name, x in tests.items()}
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])
     if not all_different(rates) or not all(type(x) in (int, float) and 0 < x < math.inf for x in rates):

@@ -137,8 +137,6 @@ class CarveConfig(PreTrainedConfig):
                 with torch.device("meta"):  # no memory: only to let the layer check its arguments
                     CarveMixer(**self.mixer_arguments(i))
                 break
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACT2FN)}")
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 2 for 'sliding_attention'")
         if not set(ATTENTION).isdisjoint(self.layer_types):

@@ -52,9 +52,8 @@ def count_before(before, begin, i, tokens, T):
 @triton.jit
 def load_tap(weight, columns, lag, D, TAPS: tl.constexpr):
     """The weights of what lies `lag` tokens back; the last tap is the token's own."""
-    return tl.load(weight + columns * TAPS + (TAPS - 1 - lag), mask=(columns < D) & (lag < TAPS), other=0.0).to(
-        tl.float32
-    )
+    held = (columns < D) & (lag < TAPS)
+    return tl.load(weight + columns * TAPS + (TAPS - 1 - lag), mask=held, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "T"])
