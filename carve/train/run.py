@@ -208,6 +208,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         prediction_loss_only=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # or each batch waits for all before it
         use_cpu=not torch.cuda.is_available(),
     )
     devices = args.world_size * max(1, args.n_gpu)
