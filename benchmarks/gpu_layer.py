@@ -135,10 +135,14 @@ def runs_of(function: Callable[..., Any], inputs: list[Tensor], leaves: list[Ten
         with torch.no_grad():
             function(*inputs)
 
+    gradients: list[Tensor] = []
+
     def both() -> None:
         y = function(*inputs)
         outputs = y if isinstance(y, list) else [y]
-        torch.autograd.grad(outputs, leaves, [y.detach() for y in outputs])
+        if not gradients:
+            gradients.extend(torch.randn_like(y) for y in outputs)
+        torch.autograd.grad(outputs, leaves, gradients)
 
     return forward, both
 
