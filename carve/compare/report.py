@@ -389,7 +389,8 @@ def draw_position(some: Sequence[Outcome], baseline: str, texts: Sequence[str]) 
                 middles = [math.sqrt(low * high) for low, high in at]
                 if x is not base and at:
                     lines = [losses[bounds] - other[bounds] for bounds in at]
-                    ax.plot(middles, lines, "o-", color=f"C{i % 10}", label=x.label, markersize=3, linewidth=1.2)
+                    style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "linewidth": 1.2}
+                    ax.plot(middles, lines, marker="o", markersize=3, label=x.label, **style)
             ax.axhline(0, color="0.5", linewidth=0.8)
             if position_losses(base, base, text, place):
                 ax.set_xscale("log", base=2)
