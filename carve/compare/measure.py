@@ -279,7 +279,7 @@ def time_steps(how: Mapping[str, Any], device: torch.device, steps: int) -> tupl
             wait_for(device)
             begin = time.perf_counter()
         with measure.autocast(device):
-            loss = model(ids, labels=ids, use_cache=False).loss
+            loss = model(ids, labels=ids, use_cache=False, skip_logits=True).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), how["clip"])
         optimizer.step()

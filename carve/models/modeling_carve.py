@@ -312,6 +312,7 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens.
 
@@ -319,11 +320,18 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             labels: `[B, T]` int64, the tokens themselves (shifted inside); -100 is not scored.
             logits_to_keep: only the last so many positions get logits, or those at these indices; 0 for all.
             num_items_in_batch: scored tokens to divide the loss by; None for those of this batch.
+            skip_logits: return the loss alone: the logits, which are most of the memory that a training step takes, are
+                then nobody's to keep.
             others: see `CarveModel.forward`.
 
         Returns:
             logits `[B, T, vocab_size]`; loss, in nats a token, if labels are given; the cache if asked for.
+
+        Raises:
+            ValueError: labels do not fit, or skip_logits leaves nothing to return.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits is True, expected labels for the loss that it leaves")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -335,20 +343,27 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        hidden = outputs.last_hidden_state[:, keep]
+        if labels is not None and labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels has shape {list(labels.shape)}, expected [B, T] = {list(hidden.shape[:2])}")
+        scored = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+        logits = None if skip_logits else self.lm_head(hidden)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(f"labels has shape {list(labels.shape)}, expected [B, T] = {list(logits.shape[:2])}")
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+            loss = self.head_loss(hidden, **scored) if logits is None else self.loss_from(logits, **scored)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def head_loss(self, hidden: Tensor, **scored: Any) -> Tensor:
+        """Output layer and loss as one, which `torch.compile` makes with one copy of the logits."""
+        return self.loss_from(self.lm_head(hidden), **scored)
+
+    def loss_from(self, logits: Tensor, **scored: Any) -> Tensor:
+        return self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **scored)
 
 
 AutoConfig.register("carve", CarveConfig)

@@ -133,13 +133,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
 
 def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
-    """Run the blocks and the loss of a model through `torch.compile`; weights and their names stay as they are.
+    """Run the blocks and the loss without logits through `torch.compile`; weights and their names stay as they are.
 
     Blocks that are alike are compiled once, so that the time this takes does not grow with their number.
     """
     for block in model.model.layers:
         block.compile(backend=backend)
-    model.loss_function = torch.compile(model.loss_function, backend=backend)
+    model.head_loss = torch.compile(model.head_loss, backend=backend)  # type: ignore[method-assign]
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
@@ -244,6 +244,10 @@ class CarveTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if p not in content]
                     optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
         return optimizer
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
+        return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
         """As Trainer does, which puts the number on the device to add it up, and waits for all that runs there."""

@@ -243,8 +243,14 @@ def test_the_loss_is_of_the_next_tokens() -> None:
         assert model(ids, labels=labels, num_items_in_batch=items).loss.item() == pytest.approx(
             expected.item() * scored / 7, rel=1e-6
         )
+    alone = model(ids, labels=labels, skip_logits=True)
+    assert torch.equal(alone.loss, output.loss)
+    assert alone.logits is None
+    assert torch.equal(model(ids, labels=labels, skip_logits=True, return_dict=False)[0], output.loss)
     with pytest.raises(ValueError, match=r"labels has shape \[2, 8\], expected \[B, T\] = \[2, 9\]"):
         model(ids, labels=labels[:, 1:])
+    with pytest.raises(ValueError, match="skip_logits is True, expected labels"):
+        model(ids, skip_logits=True)
 
 
 @pytest.mark.parametrize("kind", ["read", "hybrid"])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,21 @@ def test_other_ways_to_run(fields, config_file, tmp_path):
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(last).values())
 
 
+def test_no_step_returns_logits(config_file, tmp_path, monkeypatch):
+    forward, kept = CarveForCausalLM.forward, []
+
+    @wraps(forward)  # Trainer reads the names of the arguments
+    def note(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        kept.append(outputs.logits)
+        return outputs
+
+    monkeypatch.setattr(CarveForCausalLM, "forward", note)
+    train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3, "eval_every": 3}))
+    assert len(kept) > 2
+    assert not any(logits is not None for logits in kept)
+
+
 def test_compiled_blocks_train_alike_and_are_compiled_once() -> None:
     graphs = []
     for layers in (1, 3):
@@ -284,6 +300,6 @@ def training_step(model: CarveForCausalLM) -> list[torch.Tensor]:
     """The loss and all gradients."""
     ids = torch.arange(48).view(2, 24) % 32
     model.zero_grad()
-    loss = model(ids, labels=ids, use_cache=False).loss
+    loss = model(ids, labels=ids, use_cache=False, skip_logits=True).loss
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
