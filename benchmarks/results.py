@@ -29,6 +29,7 @@ from carve.compare.report import (
     over_windows,
     seeds_cell,
     spread,
+    student,
     table,
 )
 from carve.compare.run import FACTS, read_speed
@@ -42,6 +43,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "docs" / "results.md", ROOT / "README.md"]
 PICTURE = RESULTS / "results.png"
 EDITING = ("write-once", "compare-and-swap", "counters", "selective-forgetting")
+SIZE = {"pairs": 8, "length": 64}  # of the probes' tables
+BLIND = "carve-blind"
 
 
 # -- language modelling --
@@ -75,14 +78,14 @@ def summary() -> list[str]:
     for x in comparison("small")[1].values():
         count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
         loss = spread([math.exp(y) for y in x.losses("validation").values()], 1)
-        rows.append([f"`{x.label}`", f"{count / 1e6:.2f}", loss, spread(probes()["write-once"][x.label], 1)])
+        rows.append([f"`{x.label}`", f"{count / 1e6:.2f}", loss, spread(scores("write-once", x.label), 1)])
     return table(["mixer", "parameters, M", "perplexity", "write-once, accuracy in %"], rows)
 
 
 def differences(name: str) -> list[str]:
     """Loss of each mixer less that of the baseline, and what content adds, over the seeds that both have."""
     plan, found = comparison(name)
-    pairs = [(ours, plan.baseline) for ours in found] + [(ours, "carve-blind") for ours in ("carve-read", "carve-mean")]
+    pairs = [(ours, plan.baseline) for ours in found] + [(ours, BLIND) for ours in ("carve-read", "carve-mean")]
     rows = []
     for ours, base in pairs:
         if ours == base or not {ours, base} <= set(found):
@@ -106,18 +109,47 @@ def content_terms(name: str) -> list[str]:
     return contents(list(comparison(name)[1].values()))
 
 
+def layers(name: str) -> list[str]:
+    """How far the content moves the gates of each layer, the mean over heads and seeds."""
+    rows, numbers = [], []
+    for x in comparison(name)[1].values():
+        seeds = [result["content"]["gates"] for result in x.seeds.values() if result.get("content")]
+        if not seeds or "hybrid" in x.label:
+            continue
+        numbers = [layer["layer"] for layer in seeds[0]]
+        for what, key, form in (
+            ("erase gate moved", "erase_shift", ".3f"),
+            ("the same for all tokens", "same", ".0%"),
+            ("write gate moved", "write_shift", ".3f"),
+        ):
+            known = [gates for gates in seeds if gates[0].get(key)]
+            if known:
+                means = [statistics.fmean(y for gates in known for y in gates[i][key]) for i in range(len(numbers))]
+                rows.append([f"`{x.label}`, {what}", *(format(y, form) for y in means)])
+    return table(["layer", *map(str, numbers)], rows)
+
+
 # -- probes --
 
 
 @cache
-def probes() -> Mapping[str, Mapping[str, list[float]]]:
-    """Task -> mixer -> accuracy in %, of each seed."""
-    found: dict[str, dict[str, list[float]]] = {}
+def probes() -> Mapping[str, Mapping[str, Mapping[int, float]]]:
+    """Task, at `SIZE` -> mixer -> seed -> accuracy in %."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for record in read_probes(RESULTS / "probes" / "results.jsonl").values():
         configuration = record["configuration"]
-        mixers = found.setdefault(configuration["task"]["name"], {})
-        mixers.setdefault(configuration["mixer"], []).append(100 * record["accuracy"])
+        task, mixer, seed = configuration["task"], configuration["mixer"], configuration["seed"]
+        if any(task.get(name, size) != size for name, size in SIZE.items()):
+            continue
+        seeds = found.setdefault(task["name"], {}).setdefault(mixer, {})
+        if seed in seeds:
+            raise ValueError(f"two results of {task['name']} with {mixer}, seed {seed}: expected one recipe")
+        seeds[seed] = 100 * record["accuracy"]
     return found
+
+
+def scores(task: str, mixer: str) -> list[float]:
+    return list(probes()[task][mixer].values())
 
 
 def probed() -> list[str]:
@@ -127,10 +159,20 @@ def probed() -> list[str]:
 def accuracies() -> list[str]:
     tasks = probes()
     rows = [["*a guess*", *(f"*{100 / make_task(task, {}).answers:.0f}*" for task in tasks)]]
-    for mixer in probed():
-        seeds = [tasks[task][mixer] for task in tasks]
-        rows.append([f"`{mixer}`", *(spread(x, 1) for x in seeds)])
+    rows += [[f"`{mixer}`", *(spread(scores(task, mixer), 1) for task in tasks)] for mixer in probed()]
     return table(["mixer", *tasks], rows)
+
+
+def probe_differences() -> list[str]:
+    """Accuracy on the editing tasks less that of the blind mixer with the same seed."""
+    rows = []
+    for mixer in probed():
+        if mixer != BLIND:
+            pairs = [(probes()[task][mixer], probes()[task][BLIND]) for task in EDITING]
+            found = [student([mine[seed] - other[seed] for seed in mine if seed in other]) for mine, other in pairs]
+            cells = [NONE if x is None else f"{x[0]:+.1f} ({x[1]:+.1f} to {x[2]:+.1f})" for x in found]
+            rows.append([f"`{mixer}`", *cells])
+    return table([f"less `{BLIND}`", *EDITING], rows)
 
 
 # -- the pages --
@@ -144,7 +186,9 @@ BLOCKS = {
     "language: differences": lambda: differences("language"),
     "language: positions": lambda: positions("language", "test"),
     "language: content": lambda: content_terms("language"),
+    "language: layers": lambda: layers("language"),
     "probes": accuracies,
+    "probes: differences": probe_differences,
 }
 
 
@@ -153,7 +197,7 @@ def draw() -> Figure:
     figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     _, found = comparison("small")
-    base = found["carve-blind"].losses("validation")
+    base = found[BLIND].losses("validation")
     for at, x in enumerate(found.values()):
         seeds = [loss - base[seed] for seed, loss in x.losses("validation").items()]
         left.plot(seeds, [at] * len(seeds), "o", color=f"C{at}", alpha=0.6)
@@ -163,14 +207,13 @@ def draw() -> Figure:
     left.axvline(0, color="0.5", linewidth=0.8)
     left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
     left.set_title("language: 5 M parameters, 16 M tokens", fontsize=9)
-    tasks = [task for task in EDITING if task in probes()]
-    shown = [mixer for mixer in probed() if mixer not in ("carve-read-raw", "full_attention")]
+    shown = [mixer for mixer in probed() if mixer != "carve-read-raw"]
     for i, mixer in enumerate(shown):
-        for at, task in enumerate(tasks):
-            seeds, place = probes()[task][mixer], at + (i - len(shown) / 2) * 0.08
+        for at, task in enumerate(EDITING):
+            seeds, place = scores(task, mixer), at + (i - len(shown) / 2) * 0.08
             right.bar(place, statistics.fmean(seeds), 0.07, color=f"C{i}", alpha=0.6, label=mixer if not at else None)
             right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
-    right.set_xticks(range(len(tasks)), tasks)
+    right.set_xticks(range(len(EDITING)), EDITING)
     right.set_ylabel("accuracy, %", fontsize=8)
     right.set_title("memory-conditioned editing, 8 pairs, one layer", fontsize=9)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)

@@ -2,9 +2,9 @@
 
     python benchmarks/signals.py --pairs 8 --steps 1300 --device cuda --output benchmarks/results/signals
 
-Every signal depends on what the memory held when a chunk began, and on the token; on nothing later. The layer here runs
-chunk by chunk: it works out the gates' logits in PyTorch, and calls the op without content on the chunk's tokens. Asked
-for "mean" and "read" it is the package's layer, to rounding (`tests/test_signals.py`).
+Every signal goes into both gates. It depends on what the memory held when a chunk began, and on the token; on nothing
+later. The layer here runs chunk by chunk: it works out the gates' logits in PyTorch, and calls the op without content
+on the chunk's tokens. Asked for "mean" and "read" it is the package's layer, to rounding (`tests/test_signals.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ import typer
 from torch import Tensor
 
 from carve import mixer
-from carve.evals.probes.runs import ProbeRun, parse_shard, plan_probes, probe_device, run_probes
+from carve.evals.probes.runs import ProbeRun, parse_shard, plan_probes, probe_device, report_probes, run_probes
 from carve.models import modeling_carve
 from carve.ops import chunk_carve
 
@@ -166,15 +166,22 @@ def main(
 ) -> None:
     """Train small models on the editing probes with each signal. Run again, it goes on where it stopped."""
     where, names = probe_device(device), [name.strip() for name in signals.split(";")]
+    editing = [task.strip() for task in tasks.split(",")]
     for name in names:
         if name not in SIGNALS:
             raise typer.BadParameter(f"there is no signal {name!r}, expected some of {'; '.join(SIGNALS)}")
+    for task in editing:
+        if task not in TASKS:
+            raise typer.BadParameter(f"there is no task {task!r} here, expected some of {', '.join(TASKS)}")
     options: dict[str, Any] = {"pairs": [pairs], "seeds": seeds, "steps": steps, "learning_rates": [learning_rate]}
+    runs = {name: plan(name, editing, **options, device=where) for name in names}
+    complete = True
     for name in names:
         with mixing(name):
-            runs = plan(name, tasks.split(","), **options, device=where)
-            if not run_probes(runs, output, device=where, shard=parse_shard(shard)):
-                raise typer.Exit(130)
+            complete = complete and run_probes(runs[name], output, device=where, shard=parse_shard(shard), report=False)
+    report_probes([run for some in runs.values() for run in some], output)
+    if not complete:
+        raise typer.Exit(130)
 
 
 if __name__ == "__main__":

@@ -182,12 +182,16 @@ def probe(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
     shard: Annotated[str, typer.Option(help="I/N: the I-th of N processes that share the runs.")] = "1/1",
     output: Annotated[Path, typer.Option(help="The folder of results.jsonl and probes.png.")] = Path("runs/probe"),
+    report: Annotated[
+        bool, typer.Option("--report", help="Train nothing: table and picture of what is there.")
+    ] = False,
 ) -> None:
     """Train small models on recall, editing and state-tracking tasks. Run again, it goes on where it stopped."""
-    from carve.evals.probes.runs import parse_shard, plan_probes, probe_device, run_probes
+    from carve.evals.probes.runs import parse_shard, plan_probes, probe_device, report_probes, run_probes
 
     _quiet()
-    device = probe_device(device)
+    if device is None or not report:  # results of a device can be reported without it
+        device = probe_device(device)
     runs = plan_probes(
         _names(task),
         _names(mixer),
@@ -201,7 +205,9 @@ def probe(
         model=_assignments("model", model or []),
         device=device,
     )
-    if not run_probes(runs, output, device=device, shard=parse_shard(shard)):
+    if report:
+        report_probes(runs, output)
+    elif not run_probes(runs, output, device=device, shard=parse_shard(shard)):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         raise typer.Exit(130)
 

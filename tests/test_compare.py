@@ -235,7 +235,7 @@ def test_the_comparisons_that_come_with_the_package(tmp_path):
     assert sorted(plans) == ["ablations", "language", "page", "small", "toy"]
     for plan in plans.values():
         assert plan.with_facts(facts()).left({})
-    assert plans["small"].common == plans["ablations"].common  # so that they can share a folder
+    assert plans["small"].common == plans["ablations"].common  # the same but for the mixers
 
 
 def test_variants_override_the_model(tmp_path):
@@ -259,6 +259,8 @@ def test_variants_override_the_model(tmp_path):
         ({"baseline": "kda"}, "baseline is 'kda', expected one of the mixers: carve-read, gdn2"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"train": {"model": {"content": "read"}}}, "train: model: content is what mixers differ in, expected it"),
+        ({"train": {"model": {"vocab_size": 300}}}, "train: model: vocab_size is 300, expected none: it is the tokenizer"),
+        ({"mixers": {"gdn2": {"model": {"vocab_size": 9}}}}, "mixers: gdn2: model: vocab_size is 9, expected none"),
         ({"learning_rates": ["fast"]}, "expected a list of different positive numbers"),
         ({"matching": ["size"]}, "matching is"),
         ({"tests": {"validation": "x"}}, "expected another name"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,25 @@ def test_a_number_that_was_changed_by_hand_is_found(results: ModuleType, tmp_pat
     results.PAGES = [page]
     with pytest.raises(SystemExit, match=r"results\.md is out of date"):
         results.main()
+
+
+def test_other_sizes_of_a_probe_are_not_more_seeds(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (results.RESULTS / "probes" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = results.accuracies()
+    record = json.loads(lines[0])
+    record["configuration"]["task"]["pairs"] = 32
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "results.jsonl").write_text("\n".join([*lines, json.dumps(record)]), encoding="utf-8")
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    results.probes.cache_clear()
+    assert results.accuracies() == expected
+    record["configuration"]["task"]["pairs"], record["configuration"]["steps"] = 8, 5
+    (tmp_path / "probes" / "results.jsonl").write_text("\n".join([*lines, json.dumps(record)]), encoding="utf-8")
+    results.probes.cache_clear()
+    with pytest.raises(ValueError, match="two results of write-once with gdn2, seed 0: expected one recipe"):
+        results.probes()
 
 
 def test_one_seed_of_two_mixers_is_shown_as_that(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
 import torch
 from torch import Tensor
 
@@ -108,3 +109,13 @@ def test_a_model_is_trained_with_a_signal(signals: ModuleType, tmp_path: Path, m
     (record,) = read_results(tmp_path / "results.jsonl").values()
     assert record["configuration"]["mixer"] == "error"
     assert not any(isinstance(module, signals.SignalMixer) for module in CarveForCausalLM(runs[0].model).modules())
+
+
+def test_all_signals_are_in_one_table(signals: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = {"pairs": 2, "seeds": 1, "steps": 1, "learning_rate": 1e-3, "device": "cpu", "shard": "1/1"}
+    signals.main("query; error", " write-once", **main, output=str(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.count("write-once") == 1
+    assert all(name in printed for name in ("query", "error"))
+    with pytest.raises(typer.BadParameter, match="there is no task 'write-onc' here, expected some of write-once"):
+        signals.main("query", "write-onc", **main, output=str(tmp_path))

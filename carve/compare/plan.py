@@ -256,6 +256,7 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
             raise ValueError(f"tests has {name!r}, expected another name: it is the text of train: {name}")
     train = {name: place(f"train: {name}", x, text) if name in TEXTS else x for name, x in train.items()}
     train["model"] = mapping("train: model", train.get("model"))
+    check_vocabulary("train", train["model"])
     for name in train["model"]:
         if any(name in own for own in MIXERS.values()):
             raise ValueError(f"train: model: {name} is what mixers differ in, expected it with one of them")
@@ -271,6 +272,7 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
         entry = {"mixer": label, "seeds": fields.get("seeds", 3)} | mapping(where, entry)
         check_names(f"field of {where}", entry, ("mixer", "seeds", "model", "train"))
         entry |= {name: mapping(f"{where}: {name}", entry.get(name)) for name in ("model", "train")}
+        check_vocabulary(where, entry["model"])
         check_names(f"field of {where}: train", entry["train"], OWN)
         mixers[label] = entry
     if fields["baseline"] not in list(mixers):
@@ -298,6 +300,11 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ValueError(f"{name} has the name {key!r}, expected a string (in quotes, if it is a number)")
     return value
+
+
+def check_vocabulary(where: str, model: Mapping[str, Any]) -> None:
+    if "vocab_size" in model:
+        raise ValueError(f"{where}: model: vocab_size is {model['vocab_size']!r}, expected none: it is the tokenizer's")
 
 
 def all_different(x: Any) -> bool:

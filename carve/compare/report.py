@@ -72,11 +72,15 @@ def outcomes_of(plan: Plan, results: Results, speed: Mapping[str, Any]) -> dict[
 
 
 def over_seeds(ours: Outcome, base: Outcome, text: str) -> Interval | None:
-    """Mean over the seeds that both have of the difference, and Student's interval; None with fewer than two."""
+    """Of the difference, over the seeds that both have; see `student`."""
+    mine, other = ours.losses(text), base.losses(text)
+    return student([mine[seed] - other[seed] for seed in mine if seed in other])
+
+
+def student(differences: Sequence[float]) -> Interval | None:
+    """Their mean, and Student's interval for it; None with fewer than two."""
     from scipy.stats import t
 
-    mine, other = ours.losses(text), base.losses(text)
-    differences = [mine[seed] - other[seed] for seed in mine if seed in other]
     if len(differences) < 2:
         return None
     mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
@@ -196,7 +200,9 @@ def sizes(some: Sequence[Outcome]) -> list[str]:
         numbers = [f"{count[name]:,}" for name in ("all", "without embeddings", "mixers")]
         rows.append([x.label, *numbers, f"{model['intermediate_size']:,}", speed, peak, seeds_cell(x)])
     head = ["mixer", "parameters", "without embeddings", "of the mixers", "MLP width", "tokens/s", "peak MiB", "seeds"]
-    note = "Tokens a second and peak memory are of training steps of one micro-batch, run alone and in turns."
+    devices = " and ".join(sorted({x.speed["device"] for x in some if x.speed is not None}))
+    note = "Tokens a second and peak memory are of training steps of one micro-batch, run alone and in turns"
+    note += f", on {devices}." if devices else "."
     return [*table(head, rows), "", note]
 
 

@@ -330,7 +330,8 @@ def test_the_learning_rate_is_chosen_by_validation_among_those_with_most_seeds()
         found = scores[run.configuration["learning_rate"]][run.configuration["seed"]]
         if found is not None:
             validation, accuracy = found
-            bins = [(1, 2, accuracy, 10), (2, 4, 1.0, 30 * run.configuration["seed"])][: 1 + run.configuration["seed"]]
+            bins = [(1, 2, accuracy, 20)] if run.configuration["seed"] == 0 else [(1, 2, accuracy, 20), (2, 4, 1.0, 30)]
+            bins.append((4, 8, 0.0, 14))  # of both seeds too few to say anything
             record = {"validation": validation, "accuracy": accuracy, "by_distance": bins}
             results[run.key] = json.loads(json.dumps({"configuration": run.configuration, **record}))
     (summary,) = summarise(runs, results)

@@ -25,6 +25,7 @@ from carve.models import CarveConfig
 from carve.names import hint
 
 RECIPE = ("steps", "batch_size", "learning_rate", "seed", "evaluated")  # arguments of `train_probe`
+FEWEST = 30  # answers, for their accuracy to say something
 SIZES = ("pairs", "length")  # the fields of tasks that make them harder
 
 
@@ -180,6 +181,7 @@ def run_probes(
     *,
     device: str = "cpu",
     shard: tuple[int, int] = (1, 1),
+    report: bool = True,
 ) -> bool:
     """Run what is not yet in `out/results.jsonl` and add it there; then print the table and draw `out/probes.png`.
 
@@ -188,6 +190,7 @@ def run_probes(
 
     Args:
         shard: (i, n): every n-th run, from the i-th.
+        report: False to leave out the table and the picture; see `report_probes`.
 
     Returns:
         whether this process got to the end of its share.
@@ -233,11 +236,17 @@ def run_probes(
                     print(f"{number}/{len(mine)} {status} in {seconds:.0f} s", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             complete = False
-    summaries = summarise(runs, read_results(results_file))
+    if report:
+        report_probes(runs, out)
+    return complete
+
+
+def report_probes(runs: Sequence[ProbeRun], out: str | os.PathLike[str]) -> None:
+    """Print the table and draw `out/probes.png`, of those of the runs that have a result."""
+    summaries = summarise(runs, read_results(Path(out) / "results.jsonl"))
     if summaries:
         print_table(summaries)
-        draw(summaries, out / "probes.png")
-    return complete
+        draw(summaries, Path(out) / "probes.png")
 
 
 # -- what came out --
@@ -253,7 +262,7 @@ class Summary:
         seeds: how many there are to be.
         diverged: how many did not get to their end; their accuracy counts as 0.
         learning_rate: the chosen one.
-        by_distance: `(from, to, accuracy)`, over all seeds.
+        by_distance: `(from, to, accuracy)`, over all seeds, where they have answers enough to tell.
     """
 
     run: ProbeRun
@@ -295,9 +304,9 @@ def summarise(runs: Sequence[ProbeRun], results: dict[str, dict[str, Any]]) -> l
         for record in found[best]:
             for low, high, accuracy, count in record["by_distance"]:
                 bins.setdefault((low, high), []).append((accuracy, count))
+        counts = {at: sum(n for _, n in pairs) for at, pairs in bins.items()}
         by_distance = [
-            (low, high, sum(x * n for x, n in pairs) / sum(n for _, n in pairs))
-            for (low, high), pairs in sorted(bins.items())
+            (*at, sum(x * n for x, n in bins[at]) / counts[at]) for at in sorted(bins) if counts[at] >= FEWEST
         ]
         accuracies = [record["accuracy"] for record in found[best]]
         diverged = sum("diverged" in record for record in found[best])
