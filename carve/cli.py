@@ -206,7 +206,10 @@ def probe(
         device=device,
     )
     if report:
-        report_probes(runs, output)
+        if not report_probes(runs, output):
+            raise ValueError(
+                f"{output} holds no result of these {len(runs)} runs: expected some, with the same options"
+            )
     elif not run_probes(runs, output, device=device, shard=parse_shard(shard)):
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         raise typer.Exit(130)

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,3 +254,16 @@ def test_the_demo_says_how_to_go_on(carve: Carve, monkeypatch: pytest.MonkeyPatc
     outcome = carve("demo")
     assert outcome.code == 130
     assert "`carve demo` goes on from the last checkpoint" in outcome.err
+
+
+def test_probes_of_another_device_are_reported_without_it(carve: Carve, tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parent.parent / "benchmarks" / "results" / "probes" / "results.jsonl", tmp_path)
+    arguments = ["probe", "--task", "write-once", "--mixer", "gdn2", "--device", "cuda", "--report"]
+    arguments += ["--pairs", "8", "--learning-rate", "3e-3", "--output", tmp_path]
+    found = carve(*arguments, "--steps", "1300")
+    assert found.code == 0
+    assert "92.2 ± 3.3" in found.out
+    assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
+    missing = carve(*arguments, "--steps", "5")
+    assert missing.code == 2
+    assert "holds no result of these 3 runs: expected some, with the same options" in missing.err

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import typer
 import torch
+import typer
 from torch import Tensor
 
 from carve import CarveMixer

@@ -241,12 +241,13 @@ def run_probes(
     return complete
 
 
-def report_probes(runs: Sequence[ProbeRun], out: str | os.PathLike[str]) -> None:
-    """Print the table and draw `out/probes.png`, of those of the runs that have a result."""
+def report_probes(runs: Sequence[ProbeRun], out: str | os.PathLike[str]) -> bool:
+    """Print the table and draw `out/probes.png`, of those of the runs that have a result; whether any has."""
     summaries = summarise(runs, read_results(Path(out) / "results.jsonl"))
     if summaries:
         print_table(summaries)
         draw(summaries, Path(out) / "probes.png")
+    return bool(summaries)
 
 
 # -- what came out --
