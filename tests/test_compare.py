@@ -259,7 +259,7 @@ def test_variants_override_the_model(tmp_path):
         ({"baseline": "kda"}, "baseline is 'kda', expected one of the mixers: carve-read, gdn2"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"train": {"model": {"content": "read"}}}, "train: model: content is what mixers differ in, expected it"),
-        ({"train": {"model": {"vocab_size": 300}}}, "train: model: vocab_size is 300, expected none: it is the tokenizer"),
+        ({"train": {"model": {"vocab_size": 300}}}, "train: model: vocab_size is 300, expected none: it is"),
         ({"mixers": {"gdn2": {"model": {"vocab_size": 9}}}}, "mixers: gdn2: model: vocab_size is 9, expected none"),
         ({"learning_rates": ["fast"]}, "expected a list of different positive numbers"),
         ({"matching": ["size"]}, "matching is"),
