@@ -637,6 +637,7 @@ def made_up(tmp_path_factory):
         results[plan.run("carve-read", "shape", 1e-1, seed).key] = record
     for label, rate, rounds in (("gdn2", 1e-2, [1100, 100, 2100]), ("carve-read", 1e-1, [700, 900, 100])):
         record = {"tokens_per_second": rounds, "peak_bytes": 300 << 20 if label == "gdn2" else None}
+        record["device"] = "NVIDIA H100"
         speed[plan.run(label, "shape", rate, 0).key] = record
     return plan, results, speed
 

@@ -4,12 +4,13 @@
 devices only, and those of values stand apart.
 """
 
+from collections.abc import Iterable
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from carve.ops.chunked import chunked
@@ -78,7 +79,8 @@ def chunk_carve(
         scale: factor on the outputs; None for K^-0.5.
         qk_l2norm: divide q and k by their L2 norm over K first.
         allow_neg_eigval: let the erase gate range over (0, 2) in place of (0, 1).
-        initial_state: the state before the first token, from a call with the same shapes and options.
+        initial_state: the state before the first token, from a call with the same shapes and options. On a GPU a
+            position that is not below chunk_size ends the process with an assertion on the device.
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` int32 or int64, for N sequences packed into B = 1: sequence n is tokens
             cu_seqlens[n] to cu_seqlens[n + 1]. Starts at 0, never decreases, ends at T. One on a GPU is read once,
@@ -96,7 +98,8 @@ def chunk_carve(
         ValueError: an argument does not fit, or the backend named does not serve the inputs; the message names it,
             what it is and what was expected.
         RuntimeError: the kernels of the backend named could not be compiled; the message holds the compiler's log.
-        NotImplementedError: a second derivative was asked for, or a forward-mode one of kernels.
+        NotImplementedError: a second derivative was asked for, or a forward-mode one. (Plain torch raises RuntimeError
+            for transforms of torch.func: its functions know none.)
 
     For a CUDA graph, run once before the capture: kernels are compiled and loaded at first use.
 
@@ -106,7 +109,7 @@ def chunk_carve(
     N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     check_state(initial_state, tokens, p, options, N)
-    path = choose_backend(backend, tokens, p, options, initial_state)
+    path = choose_backend(backend, tokens, p, options, initial_state, N)
     if path != "torch":
         return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
     o, state = chunk_in_torch(tokens, p, initial_state, options, cu_seqlens)
@@ -123,11 +126,17 @@ def run_kernels(
     final: bool,
 ) -> tuple[Tensor, CarveState | None]:
     """`chunk_carve` by one of `PATHS`."""
-    if not torch.compiler.is_compiling() and any(
-        y is not None and unpack_dual(y).tangent is not None for y in (*x, *p, *(state or ()))
-    ):
-        raise NotImplementedError(f"backend {path!r} has no forward-mode derivative (jvp), expected reverse mode")
+    check_no_tangents(f"backend {path!r}", [*x, *p, *(state or ())])
+    if state is not None:
+        check_position(state.position, options.chunk_size)
     return PATHS[path].fused(x, cast(p, options), state, options, cu_seqlens, final)
+
+
+def check_no_tangents(what: str, tensors: Iterable[Tensor | None]) -> None:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(y is not None and forward_ad.unpack_dual(y).tangent is not None for y in tensors):
+        raise NotImplementedError(f"{what} has no forward-mode derivative (jvp), expected reverse mode")
 
 
 @torch.compiler.disable
@@ -167,7 +176,7 @@ def recurrent_carve(
     N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     check_state(initial_state, tokens, p, options, N)
-    path = choose_backend(backend, tokens, p, options, initial_state)
+    path = choose_backend(backend, tokens, p, options, initial_state, N)
     if path != "torch":
         return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
     o, state = recur_in_torch(tokens, p, initial_state, options, cu_seqlens)
@@ -178,15 +187,16 @@ def recurrent_carve(
 def recur_in_torch(
     x: Tokens, p: Projections, state: CarveState | None, options: Options, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, CarveState]:
-    """`recurrent_carve` by the plain torch path."""
+    """`recurrent_carve` by the plain torch path; the state that it returns is nobody else's."""
     lengths = find_lengths(x, cu_seqlens)
-    state = check_values(x, p, state, options, len(lengths))
+    begin = state = check_values(x, p, state, options, len(lengths))
     with torch.autocast(x.v.device.type, enabled=False):
         if cu_seqlens is None:
             o, state = recurrent(x, cast(p, options), state, options)
         else:
             o, state = recurrent_packed(x, cast(p, options), state, options, lengths)
-    return o.to(x.v.dtype), state
+    own = [y.clone() if y is not None and y is was else y for y, was in zip(state, begin, strict=True)]
+    return o.to(x.v.dtype), CarveState(*own)  # type: ignore[arg-type]
 
 
 def carve_gates(
@@ -215,6 +225,10 @@ def carve_gates(
     trace: list[CarveGates] = []
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False):
         recurrent(tokens, cast(p, options), state, options, trace)
+    if not trace:
+        (B, _, HV, _), K = v.shape, q.shape[3]
+        b = v.new_zeros(B, 0, HV, K, dtype=options.dtype)
+        return CarveGates(b, None if w is None else b[..., 0], b, None if w is None else b[..., 0])
     columns = (None if column[0] is None else column for column in zip(*trace, strict=True))
     b, a, b_blind, a_blind = each(lambda x: torch.cat(x, 2).transpose(1, 2), columns)
     return CarveGates(b, None if a is None else a.squeeze(-1), b_blind, None if a is None else a_blind.squeeze(-1))
@@ -309,7 +323,7 @@ def read_bounds(cu_seqlens: Tensor) -> Tensor:
 def find_lengths(x: Tokens, cu_seqlens: Tensor | None) -> Tensor:
     """Lengths of the N sequences, `[N]` int64, on the CPU."""
     B, T = x.v.shape[:2]
-    return torch.full((B,), T) if cu_seqlens is None else read_bounds(cu_seqlens).diff()
+    return torch.full((B,), T, device="cpu") if cu_seqlens is None else read_bounds(cu_seqlens).diff()
 
 
 def check_options(
@@ -403,19 +417,29 @@ def check_values(x: Tokens, p: Projections, state: CarveState | None, options: O
         shapes = state_shapes(x, p, options, N).values()
         memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes)
         return CarveState(memory, content, content_sum, torch.zeros(N, dtype=torch.int64, device=x.v.device))
-    at = state.position
-    if at.device.type == "cpu" and not ((at >= 0) & (at < options.chunk_size)).all():
-        raise ValueError(
-            f"initial_state.position is {at.tolist()}, expected values from 0 to below "
-            f"chunk_size = {options.chunk_size}: the state comes from another chunk size"
-        )
+    check_position(state.position, options.chunk_size)
     return state
+
+
+def check_position(position: Tensor, chunk_size: int) -> None:
+    """Raise unless all sequences stand in a chunk of that size.
+
+    On a GPU, where one would have to wait for the values, the device checks it, and ends the process.
+    """
+    fits = ((position >= 0) & (position < chunk_size)).all()
+    if position.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fits, "initial_state.position must be from 0 to below chunk_size")
+    elif not fits:
+        raise ValueError(
+            f"initial_state.position is {position.tolist()}, expected values from 0 to below "
+            f"chunk_size = {chunk_size}: the state comes from another chunk size"
+        )
 
 
 # -- the choice of a backend --
 
 
-def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str:
+def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, state: CarveState | None, N: int) -> str:
     """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes a slower one."""
     backends = ("auto", "torch", *reversed(PATHS))
     if backend not in backends:
@@ -426,13 +450,13 @@ def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, st
         reason = PATHS[backend].why_not(x, p, options)
         if reason is not None:
             raise ValueError(f"backend is {backend!r}, but {reason}")
-        reason = PATHS[backend].build(x, p, options, state)
+        reason = PATHS[backend].build(x, p, options, state, N)
         if reason is not None:
             raise RuntimeError(f"backend is {backend!r}, but {reason}")
         return backend
     refused: list[str] = []
     for name, path in PATHS.items():
-        reason = path.why_not(x, p, options) or path.build(x, p, options, state)
+        reason = path.why_not(x, p, options) or path.build(x, p, options, state, N)
         if reason is None:
             break
         refused.append(f"{name!r} does not serve it: {reason}")

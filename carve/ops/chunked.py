@@ -32,6 +32,7 @@ from carve.ops.state import CarveState, each
 STEP = 64  # tokens in a triangular system
 BLOCK = 16  # tokens over which decay may be divided out
 MILD = 40.0  # exp(40) leaves float32 room for a factor of 1e20 on either side
+GONE = -13.0  # times the bits of a number: exp of it is 0, in float32 and in float64
 SEGMENT = 256  # tokens that are prepared, and run again in the backward, together
 
 
@@ -54,8 +55,9 @@ def lay_grid(lengths: Tensor, position: Tensor, chunk_size: int) -> Grid:
     lanes = width if width <= BLOCK else -(-width // BLOCK) * BLOCK
     steps_a_chunk = -(-chunk_size // width)
 
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # of each token
-    local = torch.arange(len(sequence)) - (lengths.cumsum(0) - lengths)[sequence]
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)  # of each token
+    every = torch.arange(len(sequence), device="cpu")
+    local = every - (lengths.cumsum(0) - lengths)[sequence]
     at = position[sequence] + local  # counted from the start of the sequence's first chunk
     in_chunk = at % chunk_size
     step = at // chunk_size * steps_a_chunk + in_chunk // width - (position // width)[sequence]
@@ -68,9 +70,9 @@ def lay_grid(lengths: Tensor, position: Tensor, chunk_size: int) -> Grid:
     first_slot = pad(active.cumsum(0), (1, 0))
 
     slot = first_slot[step] + torch.argsort(order)[sequence]
-    tokens = torch.full((int(first_slot[-1]), lanes), -1)
-    tokens[slot, lane] = torch.arange(len(sequence))
-    closes = torch.zeros(len(tokens), dtype=torch.bool)
+    tokens = torch.full((int(first_slot[-1]), lanes), -1, device="cpu")
+    tokens[slot, lane] = every
+    closes = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
     closes[slot[in_chunk == chunk_size - 1]] = True
     return Grid(order, active.tolist(), tokens, closes, (position + lengths) % chunk_size)
 
@@ -161,6 +163,7 @@ class Prepared(NamedTuple):
 def prepare(x: Tokens, options: Options) -> tuple[Prepared, Pairs]:
     """x: `[slots, L, H, ...]`, zeros in the empty lanes."""
     q, k, v, g, e, w = each(lambda y: y.flatten(0, 1), head_first(x, options))
+    g = g.clamp(min=GONE * torch.finfo(g.dtype).bits)  # nothing is left behind it; of more, sums might be infinite
     rows, L, K = k.shape
     size = min(BLOCK, L)
     blocks = L // size
@@ -285,18 +288,19 @@ def scatter(y: Tensor, segment: Segment, out: Tensor) -> None:
 class ChunkCarve(torch.autograd.Function):
     """All segments in order; keeps the inputs and each segment's first state for the backward.
 
-    `tensors`: 6 of `Tokens`, `[all tokens, H, ...]`; 3 of `Projections`; memory, content and content_sum of
-    the sequences in the order of the grid. Returns o and the last three.
+    `differentiated`: whether there is to be a backward; `tensors`: 6 of `Tokens`, `[all tokens, H, ...]`; 3 of
+    `Projections`; memory, content and content_sum of the sequences in the order of the grid. Returns o and the last
+    three.
     """
 
     @staticmethod
-    def forward(ctx: Any, segments: list[Segment], options: Options, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, segments: list[Segment], options: Options, differentiated: bool, *tensors: Any) -> Any:
         x, p, state = tensors[:6], Projections(*tensors[6:9]), each(torch.clone, tensors[9:])
         assert x[2] is not None
         o, begins = torch.empty_like(x[2]), []
         for segment in segments:
             begin = each(lambda y: y[: segment.active[0]].clone(), state)  # noqa: B023
-            begins += begin if any(ctx.needs_input_grad) else []
+            begins += begin if differentiated else []
             inputs = Tokens(*each(lambda y: gather(y, segment), x))  # noqa: B023
             o_slots, *end = run_steps(segment, inputs, p, begin, options)
             scatter(o_slots, segment, o)
@@ -338,7 +342,7 @@ class ChunkCarve(torch.autograd.Function):
             for dy, out in zip(grads[9:], dstate, strict=True):
                 if out is not None:
                     out[:rows] = dy
-        return None, None, *dx, *dp, *dstate
+        return None, None, None, *dx, *dp, *dstate
 
 
 def chunked(
@@ -359,6 +363,8 @@ def chunked(
     order = grid.order.to(device)
     flat = each(lambda y: y.flatten(0, 1), x)
     begin = each(lambda y: y.index_select(0, order), state[:3])
-    o, *end = ChunkCarve.apply(cut_segments(grid, device), options, *flat, *p, *begin)
+    tensors = [*flat, *p, *begin]
+    differentiated = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
+    o, *end = ChunkCarve.apply(cut_segments(grid, device), options, differentiated, *tensors)
     memory, content, content_sum = each(lambda y: y.index_select(0, order.argsort()), end)
     return o.view(x.v.shape), CarveState(memory, content, content_sum, grid.position.to(device))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from carve.ops.api import (
     cast,
+    check_no_tangents,
     check_options,
     check_state,
     check_tensor,
@@ -114,6 +115,7 @@ def check_decoding(
     if lengths is not None:
         check_tensor("lengths", lengths, x.v.device, (torch.int64,))
         expect("lengths", lengths, {"[B]": (N,)})
+    check_no_tangents("decoding", [*x, *p, *state])
     if torch.is_grad_enabled():
         named = {**x._asdict(), "p_down": p.down, "p_up": p.up, "p_write": p.write}
         for name, y in {**named, **{f"state.{field}": y for field, y in state._asdict().items()}}.items():

@@ -183,7 +183,10 @@ def recurrent_packed(
 ) -> tuple[Tensor, CarveState]:
     """Run N sequences packed into B = 1, each of its own length (`[N]` int64, CPU), one after the other."""
     pieces = zip(*([None] * len(lengths) if y is None else y.split(lengths.tolist(), dim=1) for y in x), strict=True)
-    runs = [recurrent(Tokens(*piece), p, state.select(torch.tensor([n])), options) for n, piece in enumerate(pieces)]
+    runs = [
+        recurrent(Tokens(*piece), p, state.select(torch.tensor([n], device="cpu")), options)
+        for n, piece in enumerate(pieces)
+    ]
     outputs, states = zip(*runs, strict=True)
     columns = (None if column[0] is None else column for column in zip(*states, strict=True))
     return torch.cat(outputs, dim=1), CarveState(*each(torch.cat, columns))

@@ -27,7 +27,7 @@ class Path:
     def why_not(self, x: Tokens, p: Projections, options: Options) -> str | None:
         return self.reason
 
-    def build(self, x: Tokens, p: Projections, options: Options, state: Any) -> str | None:
+    def build(self, x: Tokens, p: Projections, options: Options, state: Any, N: int) -> str | None:
         return self.log
 
 
@@ -46,7 +46,7 @@ def choose(backend: str = "auto", device: str = "meta") -> str:
     arguments = {name: y.to(device) for name, y in CASE.arguments(torch.float32).items() if isinstance(y, torch.Tensor)}
     x = Tokens(*(arguments[name] for name in Tokens._fields))
     p = Projections(*(arguments[f"p_{name}"] for name in Projections._fields))
-    return api.choose_backend(backend, x, p, OPTIONS, None)
+    return api.choose_backend(backend, x, p, OPTIONS, None, 1)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_compiled_function_chooses_while_it_is_traced(
 
     def double(v: torch.Tensor) -> torch.Tensor:
         x = Tokens(v, v, v, v, v, None)
-        name = api.choose_backend("auto", x, Projections(None, None, None), OPTIONS, None)
+        name = api.choose_backend("auto", x, Projections(None, None, None), OPTIONS, None, 1)
         return v.new_empty(2 if name == "triton" else 3)
 
     compiled = torch.compile(double, backend="eager", fullgraph=True)
@@ -265,15 +265,15 @@ def test_what_is_compiled(h100: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     tensors = [y for y in (*x, *p) if y is not None]
     for y in tensors:
         y.requires_grad = False
-    assert cuda.build(x, p, OPTIONS, None) is None
+    assert cuda.build(x, p, OPTIONS, None, 1) is None
     assert loaded == ["forward"]
     x.v.requires_grad = True
     with torch.no_grad():
-        assert cuda.build(x, p, OPTIONS, None) is None
+        assert cuda.build(x, p, OPTIONS, None, 1) is None
     assert loaded == ["forward"]
-    assert cuda.build(x, p, OPTIONS, None) is None
+    assert cuda.build(x, p, OPTIONS, None, 1) is None
     assert "reverse" in loaded[1:]
     count = len(loaded)
     for _ in range(3):
-        assert cuda.build(x, p, OPTIONS._replace(content=None), None) == "the log"
+        assert cuda.build(x, p, OPTIONS._replace(content=None), None, 1) == "the log"
     assert len(loaded) == count + 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from carve.ops import CarveState, chunk_carve, recurrent_carve
+from carve.ops import CarveState, carve_gates, chunk_carve, recurrent_carve
 from tests.ops.cases import DECAYS, TENSORS, Case, assert_close, assert_states_close, cases
 from tests.tolerances import tolerance
 
@@ -168,6 +168,50 @@ def test_projections_of_zero_give_the_bits_of_the_blind_op(content: str, norm: s
             for name, x in gradients(op, blind, state_too=False).items():
                 assert torch.equal(found[name], x), name
             assert found["p_up"].abs().max() > 0  # so that training can leave zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("content", ["mean", "read", None])
+def test_masks_of_the_largest_decay(content: str | None, dtype: torch.dtype) -> None:
+    """Of several in a block the sum is no number any more."""
+    arguments = Case(T=40, K=6, content=content, chunk_size=32).arguments(dtype)
+    arguments["g"][:, 5:8] = torch.finfo(dtype).min
+    o, state = run(chunk_carve, arguments)
+    expected, final = run(recurrent_carve, arguments)
+    assert_close(o, expected, f"op_{str(dtype)[6:]}")
+    assert_states_close(state, final, f"op_{str(dtype)[6:]}")
+    found = gradients(chunk_carve, arguments)
+    for name, wanted in gradients(recurrent_carve, arguments).items():
+        assert_close(found[name], wanted, "op_float64" if dtype == torch.float64 else "op_float32_gradient", name)
+
+
+@pytest.mark.parametrize("op", [recurrent_carve, chunk_carve])
+@pytest.mark.parametrize("content", ["mean", "read", None])
+@pytest.mark.parametrize("T", [0, 1])
+def test_a_returned_state_is_nobody_elses(op, content: str | None, T: int) -> None:
+    """Decoding writes into it."""
+    arguments = Case(T=T, content=content, started=True).arguments()
+    _, state = op(**arguments, output_final_state=True)
+    for before, y in zip(arguments["initial_state"], state, strict=True):
+        assert y is None or y.data_ptr() != before.data_ptr()
+
+
+def test_no_default_device_gets_between() -> None:
+    arguments = Case(B=1, T=20).arguments()
+    bounds = torch.tensor([0, 7, 20])
+    for op in (chunk_carve, recurrent_carve):
+        for more in ({}, {"cu_seqlens": bounds}):
+            expected, _ = op(**arguments, **more)
+            with torch.device("meta"):
+                found, _ = op(**arguments, **more)
+            assert torch.equal(found, expected)
+
+
+def test_no_tokens_have_no_gates() -> None:
+    arguments = {name: y for name, y in Case(T=0, groups=2).arguments().items() if name != "initial_state"}
+    gates = carve_gates(**arguments)
+    assert gates.b.shape == gates.b_blind.shape == (2, 0, 4, 5)
+    assert gates.a.shape == gates.a_blind.shape == (2, 0, 4)
 
 
 def test_gates_report_is_what_the_recurrence_applies() -> None:

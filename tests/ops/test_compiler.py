@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_where_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler.cache_folder() == Path("/caches/carve")
     monkeypatch.setenv("CARVE_CACHE", "/kernels")
     assert compiler.cache_folder() == Path("/kernels")
+    monkeypatch.setenv("CARVE_CACHE", "~/kernels")
+    assert compiler.cache_folder() == Path("/home/someone/kernels")
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("CARVE_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    assert compiler.cache_folder() == Path(tempfile.gettempdir()) / f"carve-{os.getuid()}"
 
 
 def keep_writing(path: Path, code: bytes, times: int) -> None:

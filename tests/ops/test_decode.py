@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from carve.ops import CarveState, chunk_carve, decode, decode_carve, recurrent_carve, slow
 from carve.ops.kernels import cuda
@@ -108,6 +109,14 @@ def test_outputs_have_the_dtype_of_v_and_the_state_float32(dtype: torch.dtype) -
     assert o.dtype == dtype
     assert state.memory.dtype == torch.float32
     assert_close(o, expected, f"op_{str(dtype)[6:]}", "o")
+
+
+def test_a_tangent_is_not_dropped() -> None:
+    arguments, state = setting(CASE, torch.float32)
+    with torch.no_grad(), forward_ad.dual_level():
+        arguments["q"] = forward_ad.make_dual(arguments["q"], torch.ones_like(arguments["q"]))
+        with pytest.raises(NotImplementedError, match="decoding has no forward-mode derivative"):
+            decode_carve(**arguments, state=state)
 
 
 # -- bad input --
@@ -233,7 +242,7 @@ def test_what_the_kernel_serves(case: Case, device: Callable[..., None]) -> None
         (replace(WIDE, R=65), torch.float16, 90, "p_down has R = 65, expected at most 64"),
         (replace(WIDE, chunk_size=2**31), torch.float16, 90, "chunk_size is 2147483648, expected at most"),
         (WIDE, torch.float16, 75, "a device has compute capability 7.5, expected at least 8.0"),
-        (replace(WIDE, K=256, V=256), torch.float16, 80, "K = 256 and V = 256 are too large for a device"),
+        (replace(WIDE, K=256, V=256), torch.float16, 80, "K = 256, V = 256 and R = 16 are too large for a device"),
     ],
 )
 def test_what_the_kernel_does_not_serve(

@@ -130,7 +130,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return choose("cuda" if backend == "auto" else backend, *arguments)
 
     monkeypatch.setattr(cuda, "why_not", lambda x, p, options: None)
-    monkeypatch.setattr(cuda, "build", lambda x, p, options, state: None)
+    monkeypatch.setattr(cuda, "build", lambda *_: None)
     monkeypatch.setattr(api, "choose_backend", prefer_kernels)
 
 
@@ -248,6 +248,35 @@ def test_derivatives_that_there_are_none_of() -> None:
     v = v.detach()
     with pytest.raises(NotImplementedError, match="'cuda' has no forward-mode derivative"):
         torch.func.jvp(lambda v: chunk_carve(**x, v=v, **OPTIONS)[0], (v,), (v,))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("position", [4, 40, -1])
+def test_a_state_of_another_chunk_size_does_not_reach_the_kernels(position: int) -> None:
+    """They would write where nothing is theirs."""
+    x = make(1, 8)
+    _, state = chunk_carve(**x, **OPTIONS, output_final_state=True)
+    state = state._replace(position=torch.tensor([position]))
+    with pytest.raises(ValueError, match="expected values from 0 to below chunk_size = 4"):
+        chunk_carve(**x, **OPTIONS, initial_state=state)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_are_compiled_for_as_many_sequences_as_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cuda, "build", lambda *arguments: asked.append(arguments[-1]))
+    chunk_carve(**make(1, 11), **OPTIONS, cu_seqlens=torch.tensor([0, 4, 4, 11]))
+    chunk_carve(**make(2, 5), **OPTIONS)
+    assert asked == [3, 2]
+
+
+def test_what_kernels_copy_begins_at_a_multiple_of_16_bytes() -> None:
+    room = torch.arange(33, dtype=torch.bfloat16)
+    assert room.data_ptr() % 16 == 0
+    assert cuda.align(room).data_ptr() == room.data_ptr()
+    for odd in (room[1:], room[4:12]):
+        assert cuda.align(odd).data_ptr() % 16 == 0
+        assert torch.equal(cuda.align(odd), odd)
 
 
 # -- the layer --

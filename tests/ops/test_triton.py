@@ -217,6 +217,13 @@ def test_operands_rounded_as_on_a_gpu(content: str | None, decay: str) -> None:
     assert_as_exact(arguments)
 
 
+@pytest.mark.parametrize("content", ["mean", "read", None])
+@pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5)])
+def test_nothing_to_do(content: str | None, B: int, T: int) -> None:
+    """The gradient of a state goes through where there are no tokens; those of shared heads are as empty as they."""
+    assert_case(Case(B=B, T=T, K=16, V=16, groups=2, content=content, content_norm="rms", started=True))
+
+
 def test_no_write_gate() -> None:
     assert_case(replace(BASE, content="mean", write=None, scale=0.3))
 

@@ -140,6 +140,7 @@ def run(
     """Launch a kernel on x, its further tensors and its own numbers, in order; an empty tensor is passed as null."""
     (H, K), (HV, V) = x.q.shape[2:], x.v.shape[2:]
     size, constants = variant(name, K, V, split, tile, x.v.dtype, content, rms)
+    x = Inputs(*each(align, x))
     assert all(y is None or y.is_contiguous() for y in (*x, *more))
     pointers = [0 if y is None or not y.numel() else y.data_ptr() for y in (*x, *more)]
     numbers = (*numbers, H, HV, x.g.shape[2], x.e.shape[2], x.rank or 1, x.v.shape[1], chunk_size)
@@ -148,11 +149,16 @@ def run(
         compiler.launch(name, x.v.device, constants, programs, threads(name, K, V, split), size, arguments)
 
 
-def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
+def align(y: Tensor) -> Tensor:
+    """y, or a copy of it that begins at a multiple of 16 bytes, as much as a kernel copies at once."""
+    return y if y.data_ptr() % 16 == 0 else y.clone()
+
+
+def build(x: Tokens, p: Projections, options: Options, state: CarveState | None, N: int) -> str | None:
     """Compile what these inputs need, unless it is done; why that failed, with the compiler's log, else None."""
     names = ("forward", "reverse", "gradients") if needs_gradient([*x, *p, *(state or ())]) else ("forward",)
     sizes = SIZES.index(x.q.shape[-1]), SIZES.index(x.v.shape[-1])
-    split = programs_of_head(x.q.shape[-1], x.v.shape[-1], x.v.shape[0] * x.v.shape[2], x.v.device)
+    split = programs_of_head(x.q.shape[-1], x.v.shape[-1], N * x.v.shape[2], x.v.device)
     content, rms = options.content or "blind", options.content_norm == "rms"
     return build_kernels(names, x.v.device, sizes, split, x.v.dtype, content, rms)
 
@@ -215,7 +221,7 @@ def run_forward(
     tile = forward_tile(q.shape[3], v.shape[3], kind, v.device)
     heads = x.sequences * v.shape[2]
     split = programs_of_head(q.shape[3], v.shape[3], heads, v.device)
-    more = [memory, content, content_sum, *outputs]
+    more = [*each(align, (memory, content, content_sum)), *outputs]
     run("forward", split, tile, x, more, kind, rms, chunk_size, scale, top, split * heads)
     return tuple(outputs)  # type: ignore[return-value]
 
@@ -293,9 +299,9 @@ def run_backward(
     d_contents = x.g.new_zeros(chunks if kind == "mean" else 0, HV, split, RANK + K + 4)
     d_z = x.v.new_empty(slots(x, chunk_size, 16) if kind == "read" else 0, HV, 128, dtype=torch.int32)
     left = [*d_states, passed, d_z]
-    ends = [do, d_memory, d_content, d_content_sum]
+    do, *ends = each(align, (do, d_memory, d_content, d_content_sum))
     options = (kind, rms, chunk_size, scale, top)
-    more = [*saved[:3], *ends, *left, d_contents, *outputs[6:]]
+    more = [*saved[:3], do, *ends, *left, d_contents, *outputs[6:]]
     run("reverse", split, SAVE, x, more, *options, split * x.sequences * HV)
     run(
         "gradients",

@@ -84,7 +84,11 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     if gpu.capability < 80:
         return f"{gpu.name} has compute capability {gpu.capability / 10}, expected at least 8.0"
     if split_of(x, p, options) is None:
-        return f"K = {K} and V = {V} are too large for {gpu.name}, expected K V of at most {HELD}"
+        R = 0 if p.down is None else p.down.shape[-1]
+        return (
+            f"K = {K}, V = {V} and R = {R} are too large for {gpu.name}, expected K V of at most {HELD} for a program, "
+            f"{gpu.shared_room} bytes of shared memory, and compute capability 9.0 to share a head"
+        )
     return gpu.no_compiler
 
 

@@ -14,7 +14,7 @@ CONTENTS = {"blind": 0, "mean": 1, "read": 2}
 
 
 class Inputs(NamedTuple):
-    """What both kernels read, contiguous: q, k, v, e in bf16 or fp16, integers in int64, the rest in fp32."""
+    """What the kernels read, contiguous: q, k, v in the same dtype, integers in int64, g, w and projections in fp32."""
 
     q: Tensor  # [B, T, H, K]
     k: Tensor  # [B, T, H, K]
@@ -99,4 +99,4 @@ def sum_groups(dx: Tensor, x: Tensor) -> Tensor:
     if dx.shape == x.shape:
         return dx
     B, T, H, K = x.shape
-    return dx.view(B, T, H, -1, K).sum(3, dtype=torch.float32).to(x.dtype)
+    return dx.view(B, T, H, dx.shape[2] // H, K).sum(3, dtype=torch.float32).to(x.dtype)

@@ -82,7 +82,7 @@ def why_not(x: Tokens, p: Projections, options: Options) -> str | None:
     return None
 
 
-def build(x: Tokens, p: Projections, options: Options, state: CarveState | None) -> str | None:
+def build(x: Tokens, p: Projections, options: Options, state: CarveState | None, N: int) -> str | None:
     """Nothing: Triton compiles a kernel when it is first launched, and keeps it on disk."""
     return None
 
@@ -315,8 +315,11 @@ def run_backward(
 
     x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
     outputs = allocate_gradients(x, kind, memory is not None)
-    plan, blind = Plan(x, kind, rms, chunk_size), kind == "blind"
-    x, K, V = plan.x, plan.K, plan.V
+    blind = kind == "blind"
+    if not v.numel():
+        return pass_through(x, outputs, [d_memory, d_content, d_content_sum], blind)
+    plan = Plan(x, kind, rms, chunk_size)
+    K, V = plan.K, plan.V
     prepared = Prepared(plan, contents, True, not blind, scale, top)
     states, edits = plan.scratch(V, K), plan.scratch(BLOCK, V)
     run_blocks(plan, prepared, [memory, None, None], [None] * 6 + [states, edits], True, top)
@@ -410,6 +413,16 @@ def run_backward(
         projections = [dy.sum(0) for dy in (d_down, d_up, d_write)]
     heads = [sum_groups(dy, y) for dy, y in zip(outputs[:5], x[:5], strict=True)]
     return [*heads, outputs[5], *projections, *outputs[6:]]
+
+
+def pass_through(x: Inputs, outputs: list[Tensor], ends: list[Tensor | None], blind: bool) -> list[Tensor]:
+    """The gradients where there are no tokens: the state came out as it went in."""
+    for dy, end in zip(outputs[6:], ends, strict=True):
+        if dy.numel():
+            dy.zero_() if end is None else dy.copy_(end)
+    HV, V, K, R = *x.v.shape[2:], x.q.shape[3], x.rank
+    projections = [x.g.new_zeros(0 if blind else (HV, *shape)) for shape in ((V, R), (R, K), (R,))]
+    return [*(torch.empty_like(y) for y in x[:5] if y is not None), outputs[5], *projections, *outputs[6:]]
 
 
 def allocate_gradients(x: Inputs, kind: str, begun: bool) -> list[Tensor]:
