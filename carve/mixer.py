@@ -57,7 +57,7 @@ class MixerState(NamedTuple):
         return MixerState(conv, self.memory.select(indices), self.chunk_size)
 
     def copy(self) -> "MixerState":
-        """The same in memory of its own."""
+        """The same, with a memory of its own; `conv` is shared, which nothing writes into."""
         return MixerState(self.conv, CarveState(*each(contiguous_copy, self.memory)), self.chunk_size)
 
 

@@ -296,7 +296,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int) -> Tensor:
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [N + 1] with N >= 1")
     if B != 1:
-        raise ValueError(f"cu_seqlens needs packed sequences with B = 1, but q has B = {B}")
+        raise ValueError(f"cu_seqlens needs packed sequences with B = 1, but there are B = {B} rows")
     if torch.compiler.is_compiling() or (cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()):
         bounds = cu_seqlens.detach().long()
         fits = (bounds[0] == 0) & (bounds[-1] == T) & (bounds.diff() >= 0).all()

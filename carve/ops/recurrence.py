@@ -174,7 +174,8 @@ def recurrent(
         position = position.masked_fill(full, 0)
         if content_sum is not None:
             content_sum = content_sum + o.squeeze(-2)
-        content, content_sum = close_chunk(S, content, content_sum, all_or_mask(full), p, options)
+        if content is not None:
+            content, content_sum = close_chunk(S, content, content_sum, all_or_mask(full), p, options)
     return torch.cat(outputs, dim=2).transpose(1, 2), CarveState(S, content, content_sum, position)
 
 

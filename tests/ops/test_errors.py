@@ -151,7 +151,7 @@ def test_bad_cu_seqlens(op, changes: dict, message: str) -> None:
 
 @pytest.mark.parametrize("op", [chunk_carve, recurrent_carve])
 def test_packed_sequences_need_one_row(op) -> None:
-    with pytest.raises(ValueError, match="cu_seqlens needs packed sequences with B = 1, but q has B = 2"):
+    with pytest.raises(ValueError, match="cu_seqlens needs packed sequences with B = 1, but there are B = 2 rows"):
         op(**CASE.arguments(torch.float32) | {"cu_seqlens": bounds(0, 6)})
 
 
