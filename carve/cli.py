@@ -34,7 +34,7 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option(help="Forget all but this many tokens, to compare with attention models.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next.  [default: window]")] = None,
+    stride: Annotated[int | None, typer.Option(help=r"Tokens from one window to the next.  \[default: window]")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the raw numbers to this file.")] = None,
 ) -> None:
     """Perplexity and bits per byte on text of any length, in constant memory. Ctrl-C prints what it has."""
@@ -179,7 +179,7 @@ def probe(
     ] = "2e-3",
     set: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a field of the tasks; repeat for more.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of CarveConfig; repeat for more.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda where there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help=r"cpu or cuda.  \[default: cuda where there is one]")] = None,
     shard: Annotated[str, typer.Option(help="I/N: the I-th of N processes that share the runs.")] = "1/1",
     output: Annotated[Path, typer.Option(help="The folder of results.jsonl and probes.png.")] = Path("runs/probe"),
     report: Annotated[
@@ -225,7 +225,7 @@ def needle(
     length: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "1024,2048,4096,8192",
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 100,
     haystack: Annotated[
-        Path | None, typer.Option(help="Text to hide needles in: a file or folder (.txt, .txt.gz).  [default: noise]")
+        Path | None, typer.Option(help=r"Text to hide needles in: a file or folder (.txt, .txt.gz).  \[default: noise]")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
 ) -> None:
@@ -247,7 +247,7 @@ def lm_eval(
         str, typer.Option(help="Names of lm-evaluation-harness, separated by commas.")
     ] = "wikitext,lambada_openai,piqa,hellaswag,winogrande,arc_easy,arc_challenge,social_iqa,boolq,openbookqa",
     data: Annotated[
-        list[str] | None, typer.Option(help="TASK=FILE, or a folder of files; repeat for more.  [default: the Hub]")
+        list[str] | None, typer.Option(help=r"TASK=FILE, or a folder of files; repeat for more.  \[default: the Hub]")
     ] = None,
     length: Annotated[str, typer.Option(help="Tokens of context of RULER's tasks.")] = "1024,2048,4096",
     limit: Annotated[int | None, typer.Option(help="Only so many examples of each task.")] = None,
@@ -270,7 +270,7 @@ def compare(
     file: Annotated[Path, typer.Argument(help="The YAML file of a comparison; see docs/compare.md.")],
     text: Annotated[Path, typer.Option(help="The folder from which the paths of texts in the file start.")] = Path(),
     out: Annotated[
-        Path | None, typer.Option(help="The folder of results and report.  [default: runs/ and the file's name]")
+        Path | None, typer.Option(help=r"The folder of results and report.  \[default: runs/ and the file's name]")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many, to go on at the next call.")] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write the report again, from what is there.")] = False,
@@ -292,7 +292,7 @@ def bench(
     value_dim: Annotated[int, typer.Option(help="V, of a head.")] = 64,
     chunk_size: Annotated[int, typer.Option(help="C, tokens whose gates see the same content.")] = 64,
     backend: Annotated[str, typer.Option(help="auto, cuda, triton or torch.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.  [default: cuda if there is one]")] = None,
+    device: Annotated[str | None, typer.Option(help=r"Such as cpu or cuda.  \[default: cuda if there is one]")] = None,
     rounds: Annotated[int, typer.Option(help="Times each is run; figures are medians.")] = 5,
     json: Annotated[Path | None, typer.Option(help="Write the raw numbers to this file.")] = None,
 ) -> None:
