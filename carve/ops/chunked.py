@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from carve.ops.kernels.operator import needs_gradient
 from carve.ops.recurrence import Options, Projections, Tokens, all_or_mask, close_chunk, gates, head_first
 from carve.ops.state import CarveState, each
 
@@ -364,7 +365,6 @@ def chunked(
     flat = each(lambda y: y.flatten(0, 1), x)
     begin = each(lambda y: y.index_select(0, order), state[:3])
     tensors = [*flat, *p, *begin]
-    differentiated = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
-    o, *end = ChunkCarve.apply(cut_segments(grid, device), options, differentiated, *tensors)
+    o, *end = ChunkCarve.apply(cut_segments(grid, device), options, needs_gradient(tensors), *tensors)
     memory, content, content_sum = each(lambda y: y.index_select(0, order.argsort()), end)
     return o.view(x.v.shape), CarveState(memory, content, content_sum, grid.position.to(device))

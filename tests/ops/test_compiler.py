@@ -142,12 +142,12 @@ def test_where_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Path:
+    def fail(*_: object) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("CARVE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", fail)
+    monkeypatch.setattr(Path, "expanduser", fail)
     assert compiler.cache_folder() == Path(tempfile.gettempdir()) / f"carve-{os.getuid()}"
 
 

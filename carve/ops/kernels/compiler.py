@@ -94,12 +94,10 @@ def why_not(device: int) -> str | None:
 
 def cache_folder() -> Path:
     """$CARVE_CACHE, else `carve` among the user's caches; a user without a home has a temporary folder."""
-    folder = os.environ.get("CARVE_CACHE") or os.environ.get("XDG_CACHE_HOME")
     try:
-        if folder:
-            path = Path(folder).expanduser()
-            return path if os.environ.get("CARVE_CACHE") else path / "carve"
-        return Path.home() / ".cache" / "carve"
+        if folder := os.environ.get("CARVE_CACHE"):
+            return Path(folder).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "carve"
     except RuntimeError:  # of a user that the system does not know, as in containers
         return Path(tempfile.gettempdir()) / f"carve-{os.getuid()}"
 
