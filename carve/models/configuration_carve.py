@@ -94,8 +94,9 @@ class CarveConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         names = [field.name for field in dataclasses.fields(self)]
-        for name in kwargs:
-            if near := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+        for name in kwargs:  # others are transformers' affair
+            near = ["layer_types"] if name == "gates" else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+            if near:
                 raise ValueError(f"CarveConfig has no field {name!r}; did you mean {near[0]!r}?")
         if self.num_attention_heads is None:
             self.num_attention_heads = self.num_heads

@@ -32,6 +32,8 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
         ({"layer_types": ["carve"]}, "layer_types has 1 entries, expected num_hidden_layers = 2"),
         ({"chunk_sise": 8}, "CarveConfig has no field 'chunk_sise'; did you mean 'chunk_size'?"),
         ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),
+        ({"gates": "kda"}, "CarveConfig has no field 'gates'; did you mean 'layer_types'?"),  # CarveMixer's names
+        ({"norm_eps": 1e-6}, "CarveConfig has no field 'norm_eps'; did you mean 'rms_norm_eps'?"),
         ({"vocab_size": 0}, "vocab_size is 0, expected an integer of at least 1"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a positive number"),
         ({"initializer_range": -1.0}, "initializer_range is -1.0, expected a number of at least 0"),
