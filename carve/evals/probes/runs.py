@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from carve.evals.mixers import READ
+from carve.evals.mixers import MIXERS, READ
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.tasks import TASKS, Task, make_task
@@ -86,7 +86,7 @@ def plan_probes(
         seeds: 0 to seeds - 1.
         steps, batch_size, learning_rates, evaluated: see `train_probe`.
         fields: of the tasks, for those that have them.
-        model: fields of `CarveConfig`, for all models.
+        model: fields of `CarveConfig`, for all models; not those that mixers differ in.
         device: where they will run; what is computed in bfloat16 is another result.
 
     Raises:
@@ -111,6 +111,8 @@ def plan_probes(
     for name in model:
         if name not in known:
             raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, known)}")
+        if any(name in own for own in MIXERS.values()):
+            raise ValueError(f"model: {name} is what mixers differ in, expected one of the mixers that has it")
 
     dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     runs = []
