@@ -358,6 +358,11 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def prepare_inputs_for_generation(self, input_ids: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Arguments of `forward`, without the tokenizer of stop strings, which `generate` hands on."""
+        kwargs.pop("tokenizer", None)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
     def head_loss(self, hidden: Tensor, **scored: Any) -> Tensor:
         """Output layer and loss as one, which `torch.compile` makes with one copy of the logits."""
         return self.loss_from(self.lm_head(hidden), **scored)

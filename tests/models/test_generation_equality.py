@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from carve import CarveForCausalLM
 from carve.models import CarveCache
@@ -177,3 +178,11 @@ def test_generation_with_embeddings_a_prefill_in_pieces_and_several_samples() ->
     assert samples.shape == (4, 17)
     assert (samples < VOCAB).all()
     assert len(samples.unique(dim=0)) == 4
+
+
+def test_generation_ends_at_a_stop_string(tokenizer_with_bos: PreTrainedTokenizerBase) -> None:
+    model, ids = tiny("hybrid"), tokens(1, 6)
+    whole = model.generate(ids, max_new_tokens=12, do_sample=False)
+    stop = str(tokenizer_with_bos.decode(whole[0, 8:10]))
+    ended = model.generate(ids, max_new_tokens=12, do_sample=False, stop_strings=[stop], tokenizer=tokenizer_with_bos)
+    assert torch.equal(ended, whole[:, :10])
