@@ -334,3 +334,10 @@ def test_bad_input(checkpoint: Path, tmp_path: Path, names: list, lengths: list,
     with pytest.raises((ValueError, OSError), match=message):
         run_needles(checkpoint, names, lengths, tmp_path / "out.jsonl", **how)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_of_something_else_is_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    with pytest.raises(ValueError, match=r"notes\.md, line 1, is no result"):
+        run_needles(checkpoint, ["s-niah-1"], [700], tmp_path / "notes.md")
+    assert (tmp_path / "notes.md").read_text() == "# Notes\n"

@@ -305,8 +305,9 @@ def test_a_line_that_was_cut_short_costs_only_itself(tmp_path: Path, capsys) -> 
     assert read_results(tmp_path / "none.jsonl") == {}
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text('{"step": 1}\n')
+@pytest.mark.parametrize("line", [b'{"step": 1}', b"[1]", b"steps: 1", b"# Notes", b"\x89PNG"])
+def test_a_file_of_something_else_is_refused(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(line + b"\n")
     with pytest.raises(ValueError, match=r"results.jsonl, line 1, is no result"):
         run_probes(plan(), tmp_path)
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+BEGINNING = '{"configuration": {'  # of every line
+
 
 def key_of(configuration: dict[str, Any]) -> str:
     """The configuration as a string that equal ones share."""
@@ -18,7 +20,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     A line that was cut short (a process was killed while it wrote) is left out, and said on stderr.
 
     Raises:
-        ValueError: a line that is JSON but no result: the file is something else.
+        ValueError: a line that is no result nor the beginning of one: the file is something else.
     """
     results: dict[str, dict[str, Any]] = {}
     path = Path(path)
@@ -30,8 +32,10 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            print(f"{path}, line {number}, was cut short: left out", file=sys.stderr)
-            continue
+            if line[: len(BEGINNING)] == BEGINNING[: len(line)]:
+                print(f"{path}, line {number}, was cut short: left out", file=sys.stderr)
+                continue
+            record = None
         if not isinstance(record, dict) or not isinstance(record.get("configuration"), dict):
             raise ValueError(f"{path}, line {number}, is no result: expected an object with a field 'configuration'")
         results[key_of(record["configuration"])] = record
