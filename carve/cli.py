@@ -367,7 +367,7 @@ def main() -> None:
     except BrokenPipeError:  # `carve generate ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError) as error:
         print(f"carve: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

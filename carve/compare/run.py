@@ -253,7 +253,7 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
         checkpoint = train(config, resume=resume)
         free_memory()
         return record | measure_run(run, config, checkpoint, texts)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if "finite" not in str(error):  # what is said of numbers that have run away, by the op on a CPU too
             raise
         return record | {"texts": {}, "diverged": str(error)}

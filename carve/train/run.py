@@ -55,6 +55,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     Raises:
         ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs.
         OSError: a checkpoint could not be written; those before it are whole.
+        FloatingPointError: the training diverged; the message names the step and the last checkpoint.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
         ImportError: the packages that training needs are not installed.
     """
@@ -247,13 +248,30 @@ class CarveTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
-        return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
+        try:
+            return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
+        except ValueError as error:
+            if "finite" not in str(error):  # what the op says, on a CPU, of numbers that have run away
+                raise
+            raise self.diverged(str(error)) from error
+
+    def diverged(self, seen: str) -> FloatingPointError:
+        """The error to raise where numbers have run away."""
+        last = get_last_checkpoint(self.args.output_dir)
+        return FloatingPointError(
+            f"training diverged at step {self.state.global_step}: {seen}; train anew with a learning_rate below "
+            f"{self.args.learning_rate:g} (resumed, it would go the same way); "
+            + (f"the last checkpoint is {last}" if last else "there is no checkpoint")
+        )
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
         """As Trainer does, which puts the number on the device to add it up, and waits for all that runs there."""
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise self.diverged(f"{name} is {logs[name]}, expected a finite number")
         if "eval_loss" in logs:
             logs["eval_bits_per_byte"] = logs["eval_loss"] * self.bits_a_byte
         super().log(logs, start_time)
@@ -263,6 +281,8 @@ class CarveTrainer(Trainer):
         return os.path.join(out, PARTIAL) if self._writing else out
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # no checkpoint of use
+            raise self.diverged("weights are not finite")
         out = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._writing = True

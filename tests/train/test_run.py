@@ -192,6 +192,35 @@ def test_a_full_disk_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatc
     assert weights(out / "checkpoint-2").keys()
 
 
+@pytest.mark.parametrize(
+    ("mixer", "steps", "at", "seen"),
+    [
+        ("carve", 6, 1, "g has values from nan"),  # the op itself sees it
+        ("full_attention", 6, 2, "loss is nan, expected a finite number"),
+        ("full_attention", 1, 1, "weights are not finite"),  # at the last step, behind its loss
+    ],
+)
+def test_a_training_that_diverges_says_so(mixer, steps, at, seen, config_file, tmp_path):
+    out = tmp_path / "run"
+    fields = {"steps": steps, "warmup_steps": 0, "learning_rate": 1e39, "eval_every": 0, "save_every": 6}
+    with pytest.raises(FloatingPointError, match=rf"diverged at step {at}: {seen}.* below 1e\+39.*no check"):
+        train(TrainConfig.load(config_file, {"out": str(out), "model": {"layer_types": [mixer]}} | fields))
+    assert not list(out.glob("checkpoint-*"))
+
+
+def test_a_training_that_diverges_names_the_last_checkpoint(config_file, tmp_path, monkeypatch):
+    step = CarveTrainer.training_step
+
+    def run_away(self, model, *rest):
+        if self.state.global_step == 3:
+            model.lm_head.weight.data[0] = float("inf")
+        return step(self, model, *rest)
+
+    monkeypatch.setattr(CarveTrainer, "training_step", run_away)
+    with pytest.raises(FloatingPointError, match=r"diverged at step 4: .*the last checkpoint is .*run/checkpoint-2"):
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
+
+
 def test_a_used_folder_is_refused(whole, config_file):
     with pytest.raises(ValueError, match=r"not empty: carve train --resume"):
         train(TrainConfig.load(config_file, {"out": str(whole)}))
