@@ -53,18 +53,25 @@ def load_checkpoint(
 
     Raises:
         OSError: no such folder.
-        ValueError: another architecture, half written, or without a tokenizer that fits the model.
+        ValueError: another architecture, half written, weights that do not fit config.json, or no tokenizer that fits.
     """
     folder = find_checkpoint(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json and tokenizer_config.json") from error
-    loaded: Any = CarveForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    loaded: Any = CarveForCausalLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     model, info = loaded
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks {len(info['missing_keys'])} of the model's weights: {names}, ...")
+    sized = [name for name, *_ in info["mismatched_keys"]]
+    for found, what in (
+        (info["missing_keys"], "lacks {} of the model's weights"),
+        (sized, "has {} weights of another size than its config.json says"),
+        (info["unexpected_keys"], "has {} weights that are none of the model's in its config.json"),
+    ):
+        if found:
+            raise ValueError(f"{folder} {what.format(len(found))}: {', '.join(sorted(found)[:3])}, ...")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model knows {model.config.vocab_size}"

@@ -2,6 +2,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,11 +98,18 @@ def test_a_missing_shard_is_noticed(folder: Path) -> None:
         load_checkpoint(folder)
 
 
-def test_weights_that_the_model_lacks_are_named(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 2, "layer_types": ["carve"] * 2}, r"lacks \d+ of the model's weights: model.layers.1"),
+        ({"vocab_size": 300}, "has 1 weights of another size than its config.json says: model.embed_tokens.weight"),
+        ({"content": None}, "has 2 weights that are none of the model's in its config.json: "),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder: Path, fields: dict[str, Any], message: str) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config |= {"num_hidden_layers": 2, "layer_types": ["carve", "carve"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"lacks \d+ of the model's weights: model.layers.1"):
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
 
 
