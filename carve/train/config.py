@@ -1,6 +1,7 @@
 """What a training run does: one flat dataclass, read from YAML, each field also a flag of `carve train`."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,11 +93,13 @@ class TrainConfig:
             self._check_type(each)
         for name in ("seq_len", "batch_tokens", "micro_batch", "steps", "save_every", "log_every", "keep"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "eval_every", "weight_decay"):
+        for name in ("warmup_steps", "eval_every"):
             self._expect(name, getattr(self, name) >= 0, "at least 0")
+        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
         self._expect("seq_len", self.seq_len >= 2, "at least 2, a token and the one to predict")
-        self._expect("learning_rate", self.learning_rate > 0, "a positive number")
-        self._expect("content_lr", self.content_lr > 0, "a positive number")
+        self._expect("learning_rate", 0 < self.learning_rate < math.inf, "a positive finite number")
+        self._expect("content_lr", 0 < self.content_lr < math.inf, "a positive finite number")
+        self._expect("seed", 0 <= self.seed < 1 << 32, "from 0 to below 2**32")
         self._expect("clip", self.clip > 0, "a positive number")
         self._expect("warmup_steps", self.warmup_steps < self.steps, f"fewer than steps = {self.steps}")
         self._expect("validation_share", 0 <= self.validation_share < 1, "from 0 to below 1")

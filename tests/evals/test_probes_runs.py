@@ -167,6 +167,7 @@ def test_accuracy_by_distance() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
         ({"evaluated": 0}, "evaluated is 0"),
         ({"learning_rate": 0}, "learning_rate is 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive finite number"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
@@ -223,6 +224,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
         ({"seeds": 0}, "seeds is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"learning_rates": [0.0]}, "learning_rates has 0.0"),
+        ({"learning_rates": [float("inf")]}, "learning_rates has inf, expected positive finite numbers"),
         ({"learning_rates": []}, "learning_rates is empty"),
         ({"tasks": "mqar", "mixers": "full_attention", "lengths": [5000]}, "sequences of 5000 tokens"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import statistics
 import sys
@@ -100,8 +101,8 @@ def plan_probes(
         if number < 1:
             raise ValueError(f"{name} is {number}, expected at least 1")
     for learning_rate in learning_rates:
-        if not learning_rate > 0:
-            raise ValueError(f"learning_rates has {learning_rate}, expected positive numbers")
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rates has {learning_rate}, expected positive finite numbers")
     cases = [(name, make_task(name, some)) for name in tasks for some in cases_of(name, pairs, lengths, fields or {})]
     for name in ["pairs"] * bool(pairs) + ["length"] * bool(lengths) + list(fields or {}):
         if not any(name in {field.name for field in dataclasses.fields(task)} for _, task in cases):

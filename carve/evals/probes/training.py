@@ -113,8 +113,8 @@ def train_probe(
     for name, number in (("steps", steps), ("batch_size", batch_size), ("evaluated", evaluated)):
         if number < 1:
             raise ValueError(f"{name} is {number}, expected at least 1")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}, expected a positive number")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}, expected a positive finite number")
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected at least 0")
     check_context(config, task.tokens)
