@@ -1,5 +1,6 @@
 """What each layer and head of a model erases, writes and forgets over a text, as numbers and as a picture."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from carve.ops import carve_gates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+NO_MATPLOTLIB = "drawing needs matplotlib: pip install 'carve-attention[eval]'"
 COLUMNS_DRAWN = 512
 """Steps of time that a picture resolves; a longer text is averaged into this many."""
 TOKENS_SPELT = 48
@@ -88,6 +90,10 @@ def inspect_checkpoint(checkpoint: str | os.PathLike[str], text: str, out: str |
     parent = Path(out).absolute().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"no such folder: {parent}")
+    if Path(out).is_dir() or Path(out).suffix.lower() != ".png":
+        raise ValueError(f"out is {os.fspath(out)}, expected the name of a picture, ending in .png")
+    if importlib.util.find_spec("matplotlib") is None:  # not only when all is done
+        raise ImportError(NO_MATPLOTLIB)
     trace = trace_gates(*load_checkpoint(checkpoint), text)
     draw_gates(trace, out, title=f"{os.fspath(checkpoint)} over {len(trace.tokens):,} tokens")
     for index, kind in trace.skipped:
@@ -212,7 +218,7 @@ def draw_gates(trace: GateTrace, out: str | os.PathLike[str], *, title: str = ""
         from matplotlib.figure import Figure
         from matplotlib.ticker import NullLocator
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'carve-attention[eval]'") from error
+        raise ImportError(NO_MATPLOTLIB) from error
 
     layers, T = trace.layers, len(trace.tokens)
     forgotten = [1 - layer.keep for layer in layers]

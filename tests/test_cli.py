@@ -201,6 +201,11 @@ def test_inspect_draws_and_says_what_it_left_out(carve: Carve, checkpoint: Path,
         ),
         (("inspect", "CHECKPOINT", "--prompt", "", "--out", "OUT"), "the text to inspect is empty"),
         (("inspect", "CHECKPOINT", "--prompt", "x", "--out", "nowhere/x.png"), "no such folder"),
+        (
+            ("inspect", "nowhere", "--prompt", "x", "--out", "CHECKPOINT"),
+            "expected the name of a picture, ending in .png",
+        ),
+        (("inspect", "nowhere", "--prompt", "x", "--out", "x.jpg"), "out is x.jpg, expected the name of a picture"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
