@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 
@@ -19,6 +21,22 @@ LAYER_TYPES = (*GATES, *ATTENTION)
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)  # type: ignore[assignment]
 
 
+def with_value_errors(config_class: type) -> type:
+    """What `strict` finds wrong, as the ValueError that says so in one line."""
+    init = config_class.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        try:
+            init(self, *args, **fields)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__)) from error
+
+    config_class.__init__ = __init__  # type: ignore[misc]
+    return config_class
+
+
+@with_value_errors
 @strict
 class CarveConfig(PreTrainedConfig):
     """Configuration of `CarveModel` and `CarveForCausalLM`. The defaults make a model of 1.3B parameters.
@@ -154,7 +172,10 @@ class CarveConfig(PreTrainedConfig):
     def validate_rope(self) -> None:
         """Only attention has rotary embeddings: a recurrent head may be of any size."""
         if not set(ATTENTION).isdisjoint(self.layer_types or ()):
-            super().validate_rope()
+            try:
+                super().validate_rope()
+            except KeyError as error:
+                raise ValueError(error.args[0]) from error
 
     def mixer_arguments(self, layer_idx: int) -> dict[str, Any]:
         """Arguments of the `CarveMixer` of a recurrent layer."""

@@ -34,6 +34,9 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
         ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),
         ({"gates": "kda"}, "CarveConfig has no field 'gates'; did you mean 'layer_types'?"),  # CarveMixer's names
         ({"norm_eps": 1e-6}, "CarveConfig has no field 'norm_eps'; did you mean 'rms_norm_eps'?"),
+        ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str (value: '32')"),
+        ({"content": 3}, "Field 'content' with value 3 doesn't match any type in"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
         ({"vocab_size": 0}, "vocab_size is 0, expected an integer of at least 1"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a positive number"),
         ({"initializer_range": -1.0}, "initializer_range is -1.0, expected a number of at least 0"),
