@@ -238,6 +238,20 @@ main()
 """
 
 
+def test_a_result_alone_is_on_standard_output(carve: Carve, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 20, encoding="utf-8")
+    made = carve("tokenizer", tmp_path / "text.txt", "--out", tmp_path / "tokenizer", "--vocab-size", 300)
+    assert made.out == f"{tmp_path / 'tokenizer'}\n"
+    out = tmp_path / "run"
+    fields = ["--seq-len", 16, "--batch-tokens", 16, "--micro-batch", 1, "--steps", 1, "--warmup-steps", 0]
+    for field in ("hidden_size=8", "num_hidden_layers=1", "num_heads=1", "head_dim=8", "intermediate_size=8"):
+        fields += ["--model", field]
+    trained = carve(
+        "train", "--data", tmp_path / "text.txt", "--tokenizer", tmp_path / "tokenizer", "--out", out, *fields
+    )
+    assert trained.out == f"{out / 'checkpoint-1'}\n"
+
+
 def test_the_command_needs_no_extras_but_says_what_training_needs() -> None:
     command = [sys.executable, "-c", WITHOUT_EXTRAS, "train", "--data", "nowhere"]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)

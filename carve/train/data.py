@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -27,8 +28,11 @@ HUB = "hub:"
 ABOUT = "about.json"
 
 
-def find_files(data: str) -> list[Path]:
+def find_files(data: str, name: str = "data") -> list[Path]:
     """The files of a path, sorted: itself, or all below a folder but hidden ones.
+
+    Args:
+        name: of the text, for errors; here and in what follows.
 
     Raises:
         ValueError: there is no such path, or no file in it.
@@ -37,40 +41,40 @@ def find_files(data: str) -> list[Path]:
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise ValueError(f"data is {data!r}: no such file or folder (a data set of the Hub is {HUB}NAME)")
+        raise ValueError(f"{name} is {data!r}: no such file or folder (a data set of the Hub is {HUB}NAME)")
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"data is {data!r}, an empty folder: expected text files")
+        raise ValueError(f"{name} is {data!r}, an empty folder: expected text files")
     return files
 
 
-def read_texts(data: str) -> Iterator[Iterable[str]]:
+def read_texts(data: str, name: str = "data") -> Iterator[Iterable[str]]:
     """The documents of a file, a folder or a Hub data set, each in blocks of text.
 
     Raises:
         ValueError: nothing there, or a file that is not UTF-8 (named, with the byte).
     """
     if data.startswith(HUB):
-        yield from _read_hub(data)
+        yield from _read_hub(data, name)
     else:
-        for path in find_files(data):
+        for path in find_files(data, name):
             yield from read_documents(path)
 
 
-def _read_hub(data: str) -> Iterator[Iterable[str]]:
+def _read_hub(data: str, name: str) -> Iterator[Iterable[str]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError("reading a data set of the Hub needs: pip install 'carve-attention[train]'") from error
-    name, _, config = data.removeprefix(HUB).partition(":")
+    repository, _, config = data.removeprefix(HUB).partition(":")
     try:
-        rows = load_dataset(name, config or None, split="train", streaming=True)
+        rows = load_dataset(repository, config or None, split="train", streaming=True)
     except Exception as error:  # of many kinds, from the network up
-        raise ValueError(f"data is {data!r}, which does not load: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is {data!r}, which does not load: {' '.join(str(error).split())}") from error
     for row in rows:
         if not isinstance(row.get("text"), str):
-            raise ValueError(f"data is {data!r}, with columns {sorted(row)}: expected a column 'text' of strings")
+            raise ValueError(f"{name} is {data!r}, with columns {sorted(row)}: expected a column 'text' of strings")
         yield (row["text"],)
 
 
@@ -91,7 +95,9 @@ class Tokens:
     fingerprint: str
 
 
-def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.PathLike[str]) -> Tokens:
+def tokenise(
+    data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.PathLike[str], name: str = "data"
+) -> Tokens:
     """Tokenise once: the next call with the same text and tokenizer finds it in `cache`.
 
     Args:
@@ -100,10 +106,10 @@ def tokenise(data: str, tokenizer: PreTrainedTokenizerBase, cache: str | os.Path
     Raises:
         ValueError: there is no text, it is not UTF-8, or it was tokenised by another tokenizer.
     """
-    known = fingerprint(data, tokenizer)
+    known = fingerprint(data, tokenizer, name)
     folder = Path(data) if is_tokens(data) else Path(cache) / known
     if not folder.exists():
-        _write_tokens(data, tokenizer, folder)
+        _write_tokens(data, tokenizer, folder, name)
     about = read_about(folder)
     return Tokens(
         np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"),
@@ -134,7 +140,7 @@ def marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.eos_token_id, *([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id])]
 
 
-def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase, name: str = "data") -> str:
     """Of the text's names and content, and of the tokenizer. A Hub data set goes by its name.
 
     Raises:
@@ -143,7 +149,7 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if is_tokens(data):
         about = read_about(data)
         if about.get("vocabulary") != vocabulary(tokenizer):
-            raise ValueError(f"data is {data!r}, tokens of another tokenizer: expected those of this one")
+            raise ValueError(f"{name} is {data!r}, tokens of another tokenizer: expected those of this one")
         return about["fingerprint"]
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -152,7 +158,7 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if data.startswith(HUB):
         digest.update(data.encode())
     else:
-        for path in find_files(data):
+        for path in find_files(data, name):
             digest.update(f"\0{path.name}\0".encode())
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
@@ -160,18 +166,17 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:24]
 
 
-def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
     """Write into a folder of another name, and rename it when all is there."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     end, *begin = marks(tokenizer)
     starts, position, size = [], 0, 0
-    columns = (TextColumn("tokenise {task.fields[size]:.1f} MB"), BarColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, transient=True) as progress, (partial / "ids.bin").open("wb") as file:
+        with show_size("tokenise") as progress, (partial / "ids.bin").open("wb") as file:
             task = progress.add_task("", total=None, size=0.0)
-            for document in read_texts(data):
+            for document in read_texts(data, name):
                 start = position
                 for ids, length in tokenize_stream(tokenizer, document):
                     ids = [*begin, *ids] if ids and position == start else ids
@@ -186,7 +191,7 @@ def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -
             file.flush()
             os.fsync(file.fileno())
         if not starts:
-            raise ValueError(f"data is {data!r}, which holds no text")
+            raise ValueError(f"{name} is {data!r}, which holds no text")
         np.save(partial / "starts.npy", np.asarray(starts, dtype=np.int64))
         about = {"dtype": dtype.name, "bytes": size, "fingerprint": folder.name, "vocabulary": vocabulary(tokenizer)}
         (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
@@ -196,6 +201,13 @@ def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def show_size(doing: str) -> Progress:
+    """A bar for text of which no one knows how much there is, a task's `size` in MB; none without a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{doing} {{task.fields[size]:.1f}} MB"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class PackedDataset(Dataset):

@@ -23,7 +23,7 @@ from carve.files import replace_text
 from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig, settled
-from carve.train.data import collate, split_rows, tokenise
+from carve.train.data import HUB, collate, find_files, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
@@ -67,6 +67,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     out = Path(config.out)
     check_folder(config, out, resume)
     args = arguments(config)
+    for name in ("data", "validation"):  # both, before the work begins with one
+        text = getattr(config, name)
+        if text is not None and not text.startswith(HUB):
+            find_files(text, name)
     tokenizer = load_tokenizer(config.tokenizer)
     cache = out / "data" if config.cache is None else Path(config.cache)
     for left in (out / "data").glob("*.partial-*") if args.process_index == 0 else ():
@@ -74,7 +78,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     with args.main_process_first(local=False):  # the others find it in the cache
         tokens = validation_tokens = tokenise(config.data, tokenizer, cache)
         if config.validation is not None:
-            validation_tokens = tokenise(config.validation, tokenizer, cache)
+            validation_tokens = tokenise(config.validation, tokenizer, cache, "validation")
     fingerprints = {"data": tokens.fingerprint, "validation": validation_tokens.fingerprint}
     if resume:
         check_data(out, fingerprints)

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from carve.train.data import read_texts
+from carve.train.data import read_texts, show_size
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -47,10 +49,12 @@ def train_tokenizer(data: str, vocab_size: int, out: str | os.PathLike[str]) -> 
         out: the folder to write; it must not exist.
 
     Raises:
-        ValueError: vocab_size is below 258, out exists, or the data is not text.
+        ValueError: vocab_size is out of range, out exists, or the data is not text, or empty.
     """
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size is {vocab_size}, expected at least 258: the bytes and 2 special tokens")
+    if not 258 <= vocab_size <= 1 << 24:  # the trainer makes room for all of them
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected at least 258, the bytes and 2 special tokens, and at most 2**24"
+        )
     out = Path(out)
     if out.exists():
         raise ValueError(f"out is {out}, which exists already: expected a new folder")
@@ -58,9 +62,24 @@ def train_tokenizer(data: str, vocab_size: int, out: str | os.PathLike[str]) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=True
+        vocab_size=vocab_size - 2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,  # its own is on stdout
     )
-    tokenizer.train_from_iterator((block for document in read_texts(data) for block in document), trainer)
+    size = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal size
+        for block in chain.from_iterable(read_texts(data)):
+            size += len(block.encode())
+            progress.update(task, size=size / 1e6)
+            yield block
+
+    with show_size("train on") as progress:
+        task = progress.add_task("", total=None, size=0.0)
+        tokenizer.train_from_iterator(blocks(), trainer)
+    if not size:
+        raise ValueError(f"data is {data!r}, which holds no text")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     _wrap(tokenizer).save_pretrained(partial)

@@ -240,6 +240,12 @@ def test_errors_come_before_the_folder_is_made(config_file, tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8"):
         train(TrainConfig.load(config_file, {"out": str(out), "data": str(tmp_path / "bad.txt")}))
+    with pytest.raises(ValueError, match="validation is 'nowhere': no such file or folder"):
+        train(TrainConfig.load(config_file, {"out": str(out), "validation": "nowhere"}))
+    assert not list(out.rglob("ids.bin"))  # nor was the other text tokenised
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"validation is '.*empty\.txt', which holds no text"):
+        train(TrainConfig.load(config_file, {"out": str(out), "validation": str(tmp_path / "empty.txt")}))
     with pytest.raises(ValueError, match="vocab_size 100"):
         train(TrainConfig.load(config_file, {"out": str(out), "model": {"vocab_size": 100}}))
     assert not (out / "config.yaml").exists()

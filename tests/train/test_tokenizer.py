@@ -48,5 +48,11 @@ def test_a_trained_tokenizer(tmp_path):
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 100"):
         train_tokenizer("text", 100, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"vocab_size is 1000000.*at most 2\*\*24"):
+        train_tokenizer("text", 10**30, tmp_path / "out")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"data is '.*empty\.txt', which holds no text"):
+        train_tokenizer(str(tmp_path / "empty.txt"), 300, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="tokenizer is"):
         load_tokenizer(str(tmp_path / "none"))
