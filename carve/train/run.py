@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from carve.files import replace_text
-from carve.mixer import CarveMixer
+from carve.mixer import SEEING, CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig, settled
 from carve.train.data import HUB, collate, find_files, split_rows, tokenise
@@ -97,6 +98,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     if fields["vocab_size"] < len(tokenizer):
         raise ValueError(f"model has vocab_size {fields['vocab_size']}, expected at least {len(tokenizer)} tokens")
     model_config = CarveConfig(**fields)
+    if args.process_index == 0:
+        check_content(config.seq_len, model_config)
     model = CarveForCausalLM(model_config)
     if model_config.tie_word_embeddings:  # or Trainer warns that a resumed checkpoint lacks it
         model._keys_to_ignore_on_save = ["lm_head.weight"]
@@ -145,6 +148,20 @@ def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
     for block in model.model.layers:
         block.compile(backend=backend)
     model.head_loss = torch.compile(model.head_loss, backend=backend)  # type: ignore[method-assign]
+
+
+def check_content(seq_len: int, model: CarveConfig) -> None:
+    """Warn where layers see content, but in no gate that has a loss behind it.
+
+    The first chunk sees an empty memory, and the last token of a sequence has no loss.
+    """
+    sees = model.content is not None and not set(SEEING).isdisjoint(model.layer_types or ())
+    if sees and seq_len < model.chunk_size + 2:
+        warnings.warn(
+            f"carve: the content projections will not learn: seq_len is {seq_len}, expected at least "
+            f"chunk_size + 2 = {model.chunk_size + 2}",
+            stacklevel=3,
+        )
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from functools import wraps
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
-from carve.train.run import CarveTrainer, Interrupted, compile_blocks
+from carve.train.run import CarveTrainer, Interrupted, check_content, compile_blocks
 
 FIELDS = {
     "seq_len": 32,
@@ -253,6 +254,32 @@ def test_errors_come_before_the_folder_is_made(config_file, tmp_path):
     with pytest.raises(ValueError, match="validation has 6 tokens: too few for sequences of seq_len"):
         train(TrainConfig.load(config_file, {"out": str(out), "validation": str(tmp_path / "short.txt")}))
     train(TrainConfig.load(config_file, {"out": str(out), "steps": 3}))  # the folder is still as good as new
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "model", "warned"),
+    [
+        (9, {}, True),
+        (10, {}, False),
+        (9, {"content": None}, False),
+        (9, {"layer_types": ["carve_blind"]}, False),
+    ],
+)
+def test_content_that_no_loss_sees_is_said(seq_len, model, warned):
+    """And it is so: the projections' gradient is zero where there is a warning, and only there."""
+    torch.manual_seed(0)
+    config = CarveConfig(**FIELDS["model"] | {"vocab_size": 32} | model)
+    carve = CarveForCausalLM(config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_content(seq_len, config)
+    assert [str(each.message) for each in caught] == [
+        "carve: the content projections will not learn: seq_len is 9, expected at least chunk_size + 2 = 10"
+    ] * warned
+    ids = torch.randint(32, (2, seq_len))
+    carve(ids, labels=ids, use_cache=False).loss.backward()
+    gradients = [p.grad.norm() for name, p in carve.named_parameters() if name.endswith("p_up")]
+    assert all((norm == 0) == warned for norm in gradients)
 
 
 def test_what_is_not_decayed(config_file, tmp_path):
