@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from carve.compare.plan import Plan, read_plan
+from carve.compare.plan import Plan, read_plan, validation_loss
 from carve.compare.report import (
     NONE,
     Outcome,
@@ -36,6 +37,7 @@ from carve.compare.run import FACTS, read_speed
 from carve.compare.run import read_results as read_comparison
 from carve.evals.mixers import MIXERS
 from carve.evals.probes.results import read_results as read_probes
+from carve.evals.probes.runs import Summary, cell, plan_probes, summarise
 from carve.evals.probes.tasks import make_task
 
 ROOT = Path(__file__).parent.parent
@@ -45,18 +47,20 @@ PICTURE = RESULTS / "results.png"
 EDITING = ("write-once", "compare-and-swap", "counters", "selective-forgetting")
 SIZE = {"pairs": 8, "length": 64}  # of the probes' tables
 BLIND = "carve-blind"
+SHOWN = ["carve-read", "carve-mean", "carve-mean-write", "carve-read-value", "carve-mean-value", BLIND]
+SHOWN += ["gdn2", "kda", "gdn"]
 
 
 # -- language modelling --
 
 
 @cache
-def comparison(name: str) -> tuple[Plan, dict[str, Outcome]]:
-    """The plan and the outcomes, of models of equal shape, of a comparison in `benchmarks/compare`."""
+def comparison(name: str, matching: str = "shape") -> tuple[Plan, dict[str, Outcome]]:
+    """The plan and the outcomes of a comparison in `benchmarks/compare`, of models of equal shape or parameters."""
     out = RESULTS / "compare" / name
     facts = json.loads((out / FACTS).read_text(encoding="utf-8"))["texts"]
     plan = read_plan(ROOT / "benchmarks" / "compare" / f"{name}.yaml").with_facts(facts)
-    return plan, {x.label: x for x in outcomes_of(plan, read_comparison(out), read_speed(out))["shape"]}
+    return plan, {x.label: x for x in outcomes_of(plan, read_comparison(out), read_speed(out))[matching]}
 
 
 def perplexities(name: str) -> list[str]:
@@ -72,22 +76,33 @@ def perplexities(name: str) -> list[str]:
     return table(["mixer", *texts, "parameters, M", "1,000 tokens/s", "seeds"], rows)
 
 
+def sweep(name: str) -> list[str]:
+    """Validation loss of seed 0 at each learning rate."""
+    plan, _ = comparison(name)
+    found = read_comparison(RESULTS / "compare" / name)
+    losses = {label: [validation_loss(found[run.key]) for run in plan.sweep(label)] for label in plan.mixers}
+    rows = [[f"`{label}`", *(f"{loss:.3f}" for loss in some)] for label, some in losses.items()]
+    return table(["mixer", *(f"{rate:g}" for rate in plan.learning_rates)], rows)
+
+
 def summary() -> list[str]:
     """Of the README: what decides."""
     rows = []
-    for x in comparison("small")[1].values():
+    for label in ("carve-read", "carve-mean", BLIND, "carve-read-value", "gdn2", "kda"):
+        x = comparison("language")[1][label]
         count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
         loss = spread([math.exp(y) for y in x.losses("validation").values()], 1)
-        rows.append([f"`{x.label}`", f"{count / 1e6:.2f}", loss, spread(scores("write-once", x.label), 1)])
-    return table(["mixer", "parameters, M", "perplexity", "write-once, accuracy in %"], rows)
+        cells = [hard_cell("write-once", 32, label), hard_cell("forgetting-mqar", 64, label)]
+        rows.append([f"`{label}`", f"{count / 1e6:.1f}", loss, *cells])
+    return table(["mixer", "parameters, M", "perplexity", "write-once, %", "forgetting-mqar, %"], rows)
 
 
-def differences(name: str) -> list[str]:
+def differences(name: str, matching: str = "shape") -> list[str]:
     """Loss of each mixer less that of the baseline, and what content adds, over the seeds that both have."""
-    plan, found = comparison(name)
+    plan, found = comparison(name, matching)
     pairs = [(ours, plan.baseline) for ours in found] + [(ours, BLIND) for ours in ("carve-read", "carve-mean")]
     rows = []
-    for ours, base in pairs:
+    for ours, base in dict.fromkeys(pairs):
         if ours == base or not {ours, base} <= set(found):
             continue
         seeds = len(found[ours].losses("validation").keys() & found[base].losses("validation").keys())
@@ -175,13 +190,73 @@ def probe_differences() -> list[str]:
     return table([f"less `{BLIND}`", *EDITING], rows)
 
 
+HARD = {"write-once": (16, 32), "mqar": (64,), "forgetting-mqar": (64,)}  # task -> pairs
+RATES = {"write-once": [1e-3, 3e-3]}  # learning rates, where more than 3e-3 was tried
+
+
+@cache
+def hard() -> Mapping[tuple[str, int], Mapping[str, Summary]]:
+    """Task and pairs -> mixer -> what came out at its best learning rate, of the harder probes."""
+    there = read_probes(RESULTS / "probes" / "hard" / "results.jsonl")
+    found: dict[tuple[str, int], dict[str, Summary]] = {}
+    for task, sizes in HARD.items():
+        mixers = [mixer for mixer in MIXERS if any(x["configuration"]["mixer"] == mixer for x in there.values())]
+        rates = RATES.get(task, [3e-3])
+        runs = plan_probes([task], mixers, pairs=sizes, learning_rates=rates, steps=2600, device="cuda")
+        for x in summarise(runs, there):
+            found.setdefault((task, x.run.size["pairs"]), {})[x.run.mixer] = x
+    return found
+
+
+def hard_cell(task: str, pairs: int, mixer: str) -> str:
+    found = hard()[task, pairs].get(mixer)
+    return NONE if found is None else cell(found)
+
+
+def hard_accuracies() -> list[str]:
+    cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
+    mixers = [mixer for mixer in MIXERS if any(mixer in hard()[case] for case in cases)]
+    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer) for case in cases)] for mixer in mixers]
+    return table(["mixer", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
+
+
+def hard_differences(base: str) -> list[str]:
+    """Accuracy less that of the base with the same seed, where two seeds or more have both."""
+    cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
+    rows = []
+    for mixer in (mixer for mixer in MIXERS if mixer != base and any(mixer in hard()[case] for case in cases)):
+        cells = []
+        for case in cases:
+            mine, other = (hard()[case][x].accuracies if x in hard()[case] else {} for x in (mixer, base))
+            found = student([100 * (mine[seed] - other[seed]) for seed in mine if seed in other])
+            cells.append(NONE if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f})")
+        rows.append([f"`{mixer}`", *cells])
+    return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
+
+
+def signals() -> list[str]:
+    """Accuracy of each signal of `signals.py` into both gates."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in read_probes(RESULTS / "signals" / "results.jsonl").values():
+        configuration = record["configuration"]
+        of_signal = found.setdefault(configuration["mixer"], {})
+        of_signal.setdefault(configuration["task"]["name"], []).append(100 * record["accuracy"])
+    tasks = ("write-once", "counters")
+    rows = [[name, *(spread(some.get(task, []), 1) for task in tasks)] for name, some in found.items()]
+    return table(["signal, into both gates", *tasks], rows)
+
+
 # -- the pages --
 
 BLOCKS = {
     "summary": summary,
     "small: perplexity": lambda: perplexities("small"),
     "small: differences": lambda: differences("small"),
+    "small: rates": lambda: sweep("small"),
+    "small: equal parameters": lambda: differences("small", "parameters"),
     "small: content": lambda: content_terms("small"),
+    "ablations: differences": lambda: differences("ablations"),
+    "ablations: content": lambda: content_terms("ablations"),
     "language: perplexity": lambda: perplexities("language"),
     "language: differences": lambda: differences("language"),
     "language: positions": lambda: positions("language", "test"),
@@ -189,34 +264,41 @@ BLOCKS = {
     "language: layers": lambda: layers("language"),
     "probes": accuracies,
     "probes: differences": probe_differences,
+    "hard": hard_accuracies,
+    "hard: less carve-blind": lambda: hard_differences(BLIND),
+    "hard: less gdn2": lambda: hard_differences("gdn2"),
+    "signals": signals,
 }
 
 
 def draw() -> Figure:
-    """Loss of each seed less that of the blind mixer of that seed; accuracy on the editing tasks."""
-    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
+    """Loss of each seed less that of the blind mixer of that seed; accuracy on probes."""
+    figure = Figure(figsize=(11, 3.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    _, found = comparison("small")
+    colours = {mixer: f"C{i % 10}" for i, mixer in enumerate(SHOWN)}
+    found = {label: x for label, x in comparison("language")[1].items() if label in SHOWN}
     base = found[BLIND].losses("validation")
-    for at, x in enumerate(found.values()):
+    for at, (label, x) in enumerate(found.items()):
         seeds = [loss - base[seed] for seed, loss in x.losses("validation").items()]
-        left.plot(seeds, [at] * len(seeds), "o", color=f"C{at}", alpha=0.6)
-        left.plot([statistics.fmean(seeds)] * 2, [at - 0.3, at + 0.3], color=f"C{at}", linewidth=2)
+        left.plot(seeds, [at] * len(seeds), "o", color=colours[label], alpha=0.6)
+        left.plot([statistics.fmean(seeds)] * 2, [at - 0.3, at + 0.3], color=colours[label], linewidth=2)
     left.set_yticks(range(len(found)), list(found))
     left.invert_yaxis()
     left.axvline(0, color="0.5", linewidth=0.8)
     left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
-    left.set_title("language: 5 M parameters, 16 M tokens", fontsize=9)
-    shown = [mixer for mixer in probed() if mixer != "carve-read-raw"]
-    for i, mixer in enumerate(shown):
-        for at, task in enumerate(EDITING):
-            seeds, place = scores(task, mixer), at + (i - len(shown) / 2) * 0.08
-            right.bar(place, statistics.fmean(seeds), 0.07, color=f"C{i}", alpha=0.6, label=mixer if not at else None)
-            right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
-    right.set_xticks(range(len(EDITING)), EDITING)
+    left.set_title("language: 31 M parameters, 100 M tokens", fontsize=9)
+    probed = {f"{task}\n{pairs} pairs": (task, pairs) for task, sizes in HARD.items() for pairs in sizes}
+    for i, mixer in enumerate(SHOWN):
+        for at, case in enumerate(probed.values()):
+            if mixer in hard()[case]:
+                seeds, place = [100 * x for x in hard()[case][mixer].accuracies.values()], at + (i - 4) * 0.09
+                right.bar(place, statistics.fmean(seeds), 0.08, color=colours[mixer], alpha=0.6)
+                right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
+    right.set_xticks(range(len(probed)), list(probed))
     right.set_ylabel("accuracy, %", fontsize=8)
-    right.set_title("memory-conditioned editing, 8 pairs, one layer", fontsize=9)
-    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    right.set_title("editing and recall, one layer", fontsize=9)
+    patches = [Patch(color=colour, alpha=0.6, label=mixer) for mixer, colour in colours.items()]
+    right.legend(handles=patches, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     for ax in (left, right):
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3)

@@ -711,7 +711,7 @@ def test_pictures_worked_out_by_hand(made_up):
     figure = report.draw_gates(outcomes["shape"])
     shown = [ax for ax in figure.axes if ax.images]
     assert [ax.get_title() for ax in shown if ax.get_title()] == [
-        "carve-read: erase gate moved by content", "carve-read: write gate moved by content",
+        "carve-read\nerase gate", "carve-read\nwrite gate",
     ]  # fmt: skip
     for ax, moved in zip(shown, [[0.1, 0.4], [0.1, 0.3]], strict=False):
         np.testing.assert_allclose(ax.images[0].get_array(), [moved])

@@ -30,7 +30,7 @@ def test_the_pages_are_made_from_the_results(results: ModuleType) -> None:
 def test_a_number_that_was_changed_by_hand_is_found(results: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    page.write_text(text.replace("| `gdn2` | 7", "| `gdn2` | 6", 1), encoding="utf-8")
+    page.write_text(text.replace("| `gdn2` | 37", "| `gdn2` | 36", 1), encoding="utf-8")
     assert page.read_text(encoding="utf-8") != text
     results.PAGES = [page]
     with pytest.raises(SystemExit, match=r"results\.md is out of date"):
@@ -59,10 +59,32 @@ def test_other_sizes_of_a_probe_are_not_more_seeds(
 def test_one_seed_of_two_mixers_is_shown_as_that(results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, found = results.comparison("small")
     some = {x: dataclasses.replace(found[x], seeds={0: found[x].seeds[0]}) for x in ("carve-read", "gdn2")}
-    monkeypatch.setattr(results, "comparison", lambda name: (plan, some))
+    monkeypatch.setattr(results, "comparison", lambda name, matching="shape": (plan, some))
     rows = results.perplexities("small")[2:]
     assert len(rows) == 2
     assert all(row.endswith("| 1 of 3 |") and "±" not in row for row in rows)
     [difference] = results.differences("small")[2:]
     assert difference.startswith("| `carve-read` less `gdn2` | +0.0")
     assert difference.endswith("| the text |")
+
+
+def test_harder_probes_are_shown_at_the_rate_that_validation_chose(results: ModuleType) -> None:
+    lines = (results.RESULTS / "probes" / "hard" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[float, dict[int, dict]] = {}
+    for record in map(json.loads, lines):
+        configuration = record["configuration"]
+        task = configuration["task"]
+        if (task["name"], task["pairs"], configuration["mixer"]) == ("write-once", 32, "gdn2"):
+            found.setdefault(configuration["learning_rate"], {})[configuration["seed"]] = record
+    assert sorted(found) == [0.001, 0.003]
+    best = max(found.values(), key=lambda seeds: sum(record["validation"] for record in seeds.values()))
+    assert results.hard()["write-once", 32]["gdn2"].accuracies == {seed: x["accuracy"] for seed, x in best.items()}
+
+
+def test_differences_of_harder_probes_are_of_the_same_seeds(results: ModuleType) -> None:
+    case = "forgetting-mqar", 64
+    mine, blind = (results.hard()[case][mixer].accuracies for mixer in ("carve-read", "carve-blind"))
+    assert set(mine) < set(blind)  # a seed is missing
+    mean = 100 * sum(mine[seed] - blind[seed] for seed in mine) / len(mine)
+    [row] = [row for row in results.hard_differences("carve-blind") if row.startswith("| `carve-read` |")]
+    assert row.split(" | ")[4].startswith(f"{mean:+.1f} (")

@@ -418,8 +418,8 @@ def draw_gates(some: Sequence[Outcome]) -> "Figure | None":
         reports = [result["content"]["gates"] for result in x.seeds.values() if result.get("content")]
         for gate in ("erase", "write"):
             shifts = [[layer[f"{gate}_shift"] for layer in layers] for layers in reports]  # [seeds][layers][heads]
-            if shifts and shifts[0] and shifts[0][0] is not None:
-                shown.append((f"{x.label}: {gate} gate", [layer["layer"] for layer in reports[0]], np.mean(shifts, 0)))
+            if shifts and shifts[0] and shifts[0][0] is not None and np.any(shifts):
+                shown.append((f"{x.label}\n{gate} gate", [layer["layer"] for layer in reports[0]], np.mean(shifts, 0)))
     if not shown:
         return None
     rows = -(-len(shown) // 3)
@@ -429,11 +429,11 @@ def draw_gates(some: Sequence[Outcome]) -> "Figure | None":
         ax.axis("off")
     for ax, (title, layers, moved) in zip(axes, shown, strict=False):
         image = ax.imshow(moved, aspect="auto", cmap="inferno", vmin=0, interpolation="nearest")
-        ax.set_title(f"{title} moved by content", fontsize=8)
+        ax.set_title(title, fontsize=8)
         ax.set_xlabel("head", fontsize=7)
         ax.set_ylabel("layer", fontsize=7)
         ax.set_xticks(range(moved.shape[1]))
         ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         ax.tick_params(labelsize=7)
-        figure.colorbar(image, ax=ax).ax.tick_params(labelsize=7)
+        figure.colorbar(image, ax=ax, label="moved by content").ax.tick_params(labelsize=7)
     return figure

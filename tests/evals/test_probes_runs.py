@@ -341,7 +341,7 @@ def test_the_learning_rate_is_chosen_by_validation_among_those_with_most_seeds()
             results[run.key] = json.loads(json.dumps({"configuration": run.configuration, **record}))
     (summary,) = summarise(runs, results)
     assert summary.learning_rate == 2e-3
-    assert summary.accuracies == [0.1, 0.3]
+    assert summary.accuracies == {0: 0.1, 1: 0.3}
     assert (summary.seeds, summary.mean, summary.spread) == (2, pytest.approx(0.2), pytest.approx(0.02**0.5))
     assert summary.by_distance == [(1, 2, pytest.approx(0.2)), (2, 4, 1.0)]
     assert summarise(runs, {}) == []

@@ -262,7 +262,7 @@ class Summary:
 
     Attributes:
         run: one of its runs.
-        accuracies: of the seeds there are, on test sequences.
+        accuracies: seed -> share of right answers, on test sequences.
         seeds: how many there are to be.
         diverged: how many did not get to their end; their accuracy counts as 0.
         learning_rate: the chosen one.
@@ -270,7 +270,7 @@ class Summary:
     """
 
     run: ProbeRun
-    accuracies: list[float]
+    accuracies: dict[int, float]
     seeds: int
     diverged: int
     learning_rate: float
@@ -278,12 +278,12 @@ class Summary:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
+        return statistics.fmean(self.accuracies.values())
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds; None of one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else None
 
 
 def summarise(runs: Sequence[ProbeRun], results: dict[str, dict[str, Any]]) -> list[Summary]:
@@ -312,7 +312,7 @@ def summarise(runs: Sequence[ProbeRun], results: dict[str, dict[str, Any]]) -> l
         by_distance = [
             (*at, sum(x * n for x, n in bins[at]) / counts[at]) for at in sorted(bins) if counts[at] >= FEWEST
         ]
-        accuracies = [record["accuracy"] for record in found[best]]
+        accuracies = {record["configuration"]["seed"]: record["accuracy"] for record in found[best]}
         diverged = sum("diverged" in record for record in found[best])
         summaries.append(Summary(rates[best][0], accuracies, len(rates[best]), diverged, best, by_distance))
     return summaries
@@ -377,8 +377,8 @@ def draw(summaries: Sequence[Summary], out: Path) -> None:
             top.plot(sizes, means, label=mixer, **style)
             top.fill_between(
                 sizes,
-                [min(s.accuracies) for s in mine],
-                [max(s.accuracies) for s in mine],
+                [min(s.accuracies.values()) for s in mine],
+                [max(s.accuracies.values()) for s in mine],
                 color=style["color"],
                 alpha=0.12,
             )
