@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 
-from carve.mixer import GATES, CarveMixer
+from carve.mixer import GATES, SEEING, CarveMixer
 
 ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
@@ -156,6 +156,13 @@ class CarveConfig(PreTrainedConfig):
                 with torch.device("meta"):  # no memory: only to let the layer check its arguments
                     CarveMixer(**self.mixer_arguments(i))
                 break
+        if set(SEEING).isdisjoint(self.layer_types) and self.content is not None:
+            for name in ("content", "content_norm", "content_erase", "content_write"):
+                if getattr(self, name) != (default := getattr(CarveConfig, name)):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, expected {default!r} or content None: "
+                        "no layer of layer_types sees content"
+                    )
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 2 for 'sliding_attention'")
         if not set(ATTENTION).isdisjoint(self.layer_types):
