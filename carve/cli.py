@@ -141,6 +141,8 @@ def train(config: str | None, resume: Path | None, **fields: Any) -> None:
     if resume is not None:
         if config is not None:
             raise ValueError("config and --resume exclude each other: a run goes on with its own configuration")
+        if "out" in overrides:
+            raise ValueError("--out and --resume exclude each other: a run goes on in its own folder")
         if not (resume / "config.yaml").is_file():
             raise ValueError(f"--resume is {resume}, which holds no config.yaml: expected the folder of a training run")
         config, overrides = str(resume / "config.yaml"), overrides | {"out": str(resume)}

@@ -199,6 +199,7 @@ def test_inspect_draws_and_says_what_it_left_out(carve: Carve, checkpoint: Path,
             ("train", "--data", "TEXT", "--model", "layer_types=[carve"),
             "--model is 'layer_types=[carve', whose value is not",
         ),
+        (("train", "--resume", "CHECKPOINT", "--out", "elsewhere"), "--out and --resume exclude each other"),
         (("inspect", "CHECKPOINT", "--prompt", "", "--out", "OUT"), "the text to inspect is empty"),
         (("inspect", "CHECKPOINT", "--prompt", "x", "--out", "nowhere/x.png"), "no such folder"),
         (

@@ -29,6 +29,7 @@ from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
 PLACES = ("data", "tokenizer", "out", "cache")  # fields of `TrainConfig`; what lies there may be moved
+RHYTHM = ("eval_every", "save_every", "log_every", "keep")  # and these change nothing of the weights
 
 
 class Interrupted(KeyboardInterrupt):
@@ -107,7 +108,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         compile_blocks(model)
 
     stop, progress = StopOnSignal(), ShowProgress(shown=args.process_index == 0)
-    callbacks = [stop, Metrics(out), progress]
+    callbacks = [stop, Rhythm(), Metrics(out), progress]
     if args.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
     scored = len(validation_tokens.ids)
@@ -180,11 +181,17 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
         return
     if not saved.is_file():
         raise ValueError(f"{out} holds no config.yaml: expected the folder of a training run")
-    fields = settled(vars(config))
-    for name, was in settled(vars(TrainConfig.load(saved))).items():
-        moved = name in PLACES or (name == "validation" and None not in (was, config.validation))
-        if fields[name] != was and not moved:
-            raise ValueError(f"{name} is {fields[name]!r}, but the run in {out} has {was!r}: it cannot go on")
+    fields, before = (flat(settled(vars(each))) for each in (config, TrainConfig.load(saved)))
+    for name in before | fields:
+        now, was = (each.get(name, "the tokenizer's") for each in (fields, before))
+        free = name in PLACES + RHYTHM or (name == "validation" and None not in (was, now))
+        if now != was and not free:
+            raise ValueError(f"{name} is {now!r}, but the run in {out} has {was!r}: it cannot go on")
+
+
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig`, those of the model among them."""
+    return fields | {f"model.{name}": value for name, value in fields.pop("model").items()}
 
 
 def check_data(out: Path, fingerprints: dict[str, str]) -> None:
@@ -361,6 +368,17 @@ class StopOnSignal(TrainerCallback):
             self.number = int(received) or None
         if self.number is not None:
             control.should_save = control.should_training_stop = True
+        return control
+
+
+class Rhythm(TrainerCallback):
+    """Logs, evaluates and saves as often as is said now, not when a checkpoint was written; logs the last step too."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_log |= state.global_step == state.max_steps
         return control
 
 

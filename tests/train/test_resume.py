@@ -43,7 +43,8 @@ def config_file(tmp_path_factory):
     TrainConfig(
         data=str(folder / "text.txt"), seq_len=32, batch_tokens=128, micro_batch=2, steps=7, warmup_steps=2,
         eval_every=0, save_every=1, log_every=1, keep=9, validation_share=0.08,
-        model={"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 8, "intermediate_size": 16},
+        model={"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 8, "intermediate_size": 16,
+               "chunk_size": 8},
     ).save(folder / "config.yaml")  # fmt: skip
     return folder / "config.yaml"
 

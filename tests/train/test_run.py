@@ -174,6 +174,26 @@ def test_resuming_a_run_that_has_ended_changes_nothing(whole, config_file, tmp_p
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_resumed_run_may_log_evaluate_and_save_at_other_steps(whole, config_file, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for step in (4, 6):
+        shutil.rmtree(out / f"checkpoint-{step}")
+    rhythm = {"eval_every": 3, "save_every": 1, "log_every": 5, "keep": 9}
+    train(TrainConfig.load(config_file, {"out": str(out)} | rhythm), resume=True)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in range(2, 7)]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    for name, found in weights(out / "checkpoint-6").items():
+        assert torch.equal(found, weights(whole / "checkpoint-6")[name]), name
+
+
+def test_the_last_step_is_logged(config_file, tmp_path):
+    train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3, "log_every": 100}))
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()] == [3, 3]
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatch):
     save = CarveTrainer._save_rng_state
 
@@ -230,6 +250,10 @@ def test_a_used_folder_is_refused(whole, config_file):
 def test_a_resumed_run_must_be_the_same(whole, config_file, tmp_path):
     with pytest.raises(ValueError, match=r"steps is 8, but the run in .* has 6"):
         train(TrainConfig.load(config_file, {"out": str(whole), "steps": 8}), resume=True)
+    with pytest.raises(ValueError, match=r"^model.content is 'mean', but the run in .* has 'read': it cannot go on$"):
+        train(TrainConfig.load(config_file, {"out": str(whole), "model": {"content": "mean"}}), resume=True)
+    with pytest.raises(ValueError, match=r"^model.bos_token_id is None, but the run in .* has \"the tokenizer's\""):
+        train(TrainConfig.load(config_file, {"out": str(whole), "model": {"bos_token_id": None}}), resume=True)
     with pytest.raises(ValueError, match=r"holds no config\.yaml"):
         train(TrainConfig.load(config_file, {"out": str(tmp_path)}), resume=True)
     with pytest.raises(ValueError, match=r"validation is '.*', but the run in .* has None"):
