@@ -80,7 +80,8 @@ def perplexity(
         on_progress: called after every piece with the result so far.
 
     Raises:
-        ValueError: `piece`, `window` or `stride` out of range, or no document has a token to score.
+        ValueError: `piece`, `window` or `stride` out of range, no token to score, or more than the
+            `max_position_embeddings` that full attention may see at once.
     """
     if piece < 1:
         raise ValueError(f"piece must be at least 1, got {piece}")
@@ -90,6 +91,9 @@ def perplexity(
         raise ValueError("stride needs a window")
     if stride is not None and window is not None and not 1 <= stride <= window:
         raise ValueError(f"stride must be between 1 and the window of {window}, got {stride}")
+    longest = longest_context(model)
+    if window is not None and longest is not None and window > longest:
+        raise ValueError(f"window must be at most the model's max_position_embeddings of {longest}, got {window}")
 
     total = Perplexity()
     was_training = model.training
@@ -105,6 +109,12 @@ def perplexity(
     if not total.tokens:
         raise ValueError("no text to score: every document is empty or has no token after its first")
     return total
+
+
+def longest_context(model: PreTrainedModel) -> int | None:
+    """Tokens that full attention of the model may see; None for any number."""
+    full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
+    return getattr(model.config, "max_position_embeddings", None) if full else None
 
 
 def _score_document(
@@ -129,8 +139,13 @@ def _score_document(
             yield from ids
 
     yield Perplexity(documents=1)
-    state = None
+    state, read, longest = None, 0, longest_context(model)
     for ids, fresh in _windows(tokens(), length, stride or length):
+        read += fresh
+        if carry and longest is not None and read > longest:
+            raise ValueError(
+                f"a document is longer than the model's max_position_embeddings of {longest} tokens: give a window"
+            )
         row = torch.tensor([ids], device=model.device)  # [1, T + 1]
         with torch.inference_mode():
             output = model(row[:, :-1], past_key_values=state, use_cache=carry, logits_to_keep=fresh)

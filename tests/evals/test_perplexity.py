@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from carve import CarveConfig, CarveForCausalLM
 from carve.evals import Perplexity, perplexity
 
 
@@ -56,7 +57,7 @@ def test_documents_are_kept_apart(model: PreTrainedModel, tokenizer: PreTrainedT
     assert together.nats != pytest.approx(perplexity(model, tokenizer, ["".join(texts)]).nats, rel=1e-6)
 
 
-@pytest.mark.parametrize(("window", "stride"), [(16, None), (16, 16), (16, 5), (16, 1), (1, 1), (10_000, 100)])
+@pytest.mark.parametrize(("window", "stride"), [(16, None), (16, 16), (16, 5), (16, 1), (1, 1), (8_000, 100)])
 def test_windows_score_every_token_once_given_what_the_window_holds(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, corpus: str, window: int, stride: int | None
 ) -> None:
@@ -99,6 +100,7 @@ def test_progress_reports_what_is_known_so_far(
         ({"stride": 2}, "stride needs a window"),
         ({"window": 4, "stride": 5}, "stride must be between 1 and the window of 4, got 5"),
         ({"window": 4, "stride": 0}, "stride must be between 1 and the window of 4, got 0"),
+        ({"window": 8193}, "window must be at most the model's max_position_embeddings of 8192, got 8193"),
     ],
 )
 def test_bad_arguments_are_named(
@@ -106,6 +108,24 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         perplexity(model, tokenizer_with_bos, ["text"], **arguments)
+
+
+@pytest.mark.parametrize("attention", ["full_attention", "sliding_attention"])
+def test_full_attention_reads_no_more_than_its_positions(
+    attention: str, tokenizer_with_bos: PreTrainedTokenizerFast, corpus: str
+) -> None:
+    sizes = {"hidden_size": 16, "num_heads": 1, "head_dim": 8, "intermediate_size": 16, "max_position_embeddings": 64}
+    config = CarveConfig(
+        vocab_size=257, num_hidden_layers=2, layer_types=["carve", attention], sliding_window=8, **sizes
+    )
+    model = CarveForCausalLM(config)
+    assert perplexity(model, tokenizer_with_bos, ["x" * 64, "y"], piece=10).tokens == 65
+    assert perplexity(model, tokenizer_with_bos, [corpus[:200]], window=64).tokens > 100
+    if attention == "full_attention":
+        with pytest.raises(ValueError, match="longer than the model's max_position_embeddings of 64 tokens: give a"):
+            perplexity(model, tokenizer_with_bos, ["x" * 65], piece=10)
+    else:  # which sees its window, wherever that lies
+        assert perplexity(model, tokenizer_with_bos, ["x" * 65], piece=10).tokens == 65
 
 
 def test_no_text_is_an_error_not_a_number(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
