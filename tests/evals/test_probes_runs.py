@@ -218,7 +218,7 @@ def test_all_that_decides_a_result_is_in_its_key() -> None:
             {"model": {"chunksize": 3}},
             "model has 'chunksize', which CarveConfig does not know; did you mean 'chunk_size'",
         ),
-        ({"model": {"layer_types": ["kda"]}}, "model: layer_types is what mixers differ in, expected one of the mixers"),
+        ({"model": {"layer_types": ["kda"]}}, "model: layer_types is what mixers differ in, expected one of"),
         ({"model": {"content": None}}, "model: content is what mixers differ in"),
         ({"model": {"chunk_size": 0}}, "chunk_size is 0, expected an integer of at least 1"),
         ({"seeds": 0}, "seeds is 0"),
