@@ -102,6 +102,9 @@ class CarveCache(DynamicCache):
                 layer.state = layer.state.copy()
         return other
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CarveCache":
+        return self.copy()  # tensors that carry gradients would refuse
+
     def snapshot(self) -> "CarveCache":
         """The cache as it is now, to `restore` later, any number of times."""
         return self.copy()
