@@ -317,7 +317,8 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         """Predict the next tokens.
 
         Args:
-            labels: `[B, T]` int64, the tokens themselves (shifted inside); -100 is not scored.
+            labels: `[B, T]` int64, the tokens themselves (shifted inside); -100 is not scored. With logits_to_keep,
+                only those of the positions that it keeps.
             logits_to_keep: only the last so many positions get logits, or those at these indices; 0 for all.
             num_items_in_batch: scored tokens to divide the loss by; None for those of this batch.
             skip_logits: return the loss alone: the logits, which are most of the memory that a training step takes, are
@@ -345,7 +346,8 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, keep]
         if labels is not None and labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels has shape {list(labels.shape)}, expected [B, T] = {list(hidden.shape[:2])}")
+            expected = f"[B, T or logits_to_keep] = {list(hidden.shape[:2])}"
+            raise ValueError(f"labels has shape {list(labels.shape)}, expected {expected}")
         scored = {"labels": labels, "num_items_in_batch": num_items_in_batch}
         logits = None if skip_logits else self.lm_head(hidden)
         loss = None
@@ -359,8 +361,15 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Any, inputs_embeds: Any = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Arguments of `forward`, without the tokenizer of stop strings, which `generate` hands on."""
+        """Arguments of `forward`, without the tokenizer of stop strings, which `generate` hands on.
+
+        Raises:
+            ValueError: a prompt ends with padding: behind that there is nothing to continue.
+        """
         kwargs.pop("tokenizer", None)
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("is_first_iteration") and mask is not None and (mask.any(1) & (mask[:, -1] == 0)).any():
+            raise ValueError("attention_mask has padding behind a prompt, expected it before: padding_side='left'")
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     def head_loss(self, hidden: Tensor, **scored: Any) -> Tensor:

@@ -186,3 +186,14 @@ def test_generation_ends_at_a_stop_string(tokenizer_with_bos: PreTrainedTokenize
     stop = str(tokenizer_with_bos.decode(whole[0, 8:10]))
     ended = model.generate(ids, max_new_tokens=12, do_sample=False, stop_strings=[stop], tokenizer=tokenizer_with_bos)
     assert torch.equal(ended, whole[:, :10])
+
+
+def test_generation_behind_padding_is_refused() -> None:
+    ids, mask = pad([tokens(1, 9)[0], tokens(1, 4, seed=1)[0]], "right")
+    for padded in ({"attention_mask": mask}, {"pad_token_id": 0}):  # generate makes a mask of the latter
+        with pytest.raises(ValueError, match="attention_mask has padding behind a prompt, expected it before"):
+            tiny("read").generate(ids, max_new_tokens=1, **padded)
+    behind = {"attention_mask": mask, "past_key_values": tiny("read")(ids, attention_mask=mask).past_key_values}
+    longer = torch.cat([ids, tokens(2, 3, seed=2)], 1)
+    behind["attention_mask"] = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], 1)
+    assert tiny("read").generate(longer, max_new_tokens=2, pad_token_id=0, **behind).shape == (2, 14)

@@ -247,7 +247,7 @@ def test_the_loss_is_of_the_next_tokens() -> None:
     assert torch.equal(alone.loss, output.loss)
     assert alone.logits is None
     assert torch.equal(model(ids, labels=labels, skip_logits=True, return_dict=False)[0], output.loss)
-    with pytest.raises(ValueError, match=r"labels has shape \[2, 8\], expected \[B, T\] = \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"labels has shape \[2, 8\], expected \[B, T or logits_to_keep\] = \[2, 9\]"):
         model(ids, labels=labels[:, 1:])
     with pytest.raises(ValueError, match="skip_logits is True, expected labels"):
         model(ids, skip_logits=True)
@@ -366,6 +366,7 @@ def test_the_compiled_model_is_the_model() -> None:
         ({"attention_mask": torch.ones(2, 1, 9, 9)}, r"attention_mask has shape \[2, 1, 9, 9\]"),
         ({"position_ids": torch.arange(8)[None]}, r"position_ids has shape \[1, 8\], expected \[B, T\] = \[2, 9\]"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens needs B = 1"),
+        ({"labels": tokens(2, 9), "logits_to_keep": 4}, r"expected \[B, T or logits_to_keep\] = \[2, 4\]"),
         ({"use_cache": True, "position_ids": torch.arange(9)[None] % 5}, "use_cache was asked for packed documents"),
     ],
 )
