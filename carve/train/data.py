@@ -11,14 +11,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +29,7 @@ from carve.text import read_documents, tokenize_stream
 
 HUB = "hub:"
 ABOUT = "about.json"
+REMEDY = "put it back, or remove its folder and give the text, to tokenise it again"
 
 
 def find_files(data: str, name: str = "data") -> list[Path]:
@@ -104,19 +108,34 @@ def tokenise(
         data: the text; or a folder that an earlier call left in its cache, which is taken as it is.
 
     Raises:
-        ValueError: there is no text, it is not UTF-8, or it was tokenised by another tokenizer.
+        ValueError: there is no text, it is not UTF-8, it was tokenised by another tokenizer, or a file that an earlier
+            call left is damaged.
     """
     known = fingerprint(data, tokenizer, name)
     folder = Path(data) if is_tokens(data) else Path(cache) / known
     if not folder.exists():
         _write_tokens(data, tokenizer, folder, name)
     about = read_about(folder)
-    return Tokens(
-        np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r"),
-        np.load(folder / "starts.npy"),
-        about["bytes"],
-        known,
-    )
+    with reading(folder / "starts.npy", REMEDY):
+        starts = np.load(folder / "starts.npy")
+    with reading(folder / "ids.bin", REMEDY):
+        ids = np.memmap(folder / "ids.bin", dtype=about["dtype"], mode="r")
+        if len(ids) <= starts[-1] or ids[-1] != tokenizer.eos_token_id:
+            raise ValueError("it ends within a document")
+    return Tokens(ids, starts, about["bytes"], known)
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Within `with`: what fails where a file is not as it was written says which one it is, and what to do.
+
+    Raises:
+        ValueError: as said.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, EOFError, BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}") from error
 
 
 def is_tokens(data: str) -> bool:
@@ -126,7 +145,12 @@ def is_tokens(data: str) -> bool:
 
 def read_about(folder: str | Path) -> dict[str, Any]:
     """What is known of a folder of tokens."""
-    return json.loads((Path(folder) / ABOUT).read_text(encoding="utf-8"))
+    path = Path(folder) / ABOUT
+    with reading(path, REMEDY):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not {"dtype", "bytes", "fingerprint"} <= set(about):
+            raise ValueError("it lacks fields")
+    return about
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:

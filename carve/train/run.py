@@ -10,11 +10,12 @@ import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -24,7 +25,7 @@ from carve.files import replace_text
 from carve.mixer import SEEING, CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig, settled
-from carve.train.data import HUB, collate, find_files, split_rows, tokenise
+from carve.train.data import HUB, collate, find_files, reading, split_rows, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
@@ -132,6 +133,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         config.save(out / "config.yaml")
     last = get_last_checkpoint(out)
     if last != str(out / f"checkpoint-{config.steps}"):
+        if last is not None:
+            check_checkpoint(Path(last))
         with stop, progress.bar:
             trainer.train(resume_from_checkpoint=last)
         last = get_last_checkpoint(out)
@@ -200,9 +203,43 @@ def check_data(out: Path, fingerprints: dict[str, str]) -> None:
     Raises:
         ValueError: the text or the tokenizer has changed since the run began; the message names the field.
     """
-    for name, was in json.loads((out / "data.json").read_text(encoding="utf-8")).items():
+    path = out / "data.json"
+    with reading(path, "put it back, or train anew in another folder"):
+        before = {name: json.loads(path.read_text(encoding="utf-8"))[name] for name in fingerprints}
+    for name, was in before.items():
         if fingerprints[name] != was:
             raise ValueError(f"{name} has changed, in text or tokenizer, since the run in {out} began: it cannot go on")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """See that a run can go on from a checkpoint.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+    remedy = f"put it back, or remove {folder} to go on from the checkpoint before it, or from the start"
+    for pattern in (
+        "config.json",
+        "model*.safetensors",
+        "trainer_state.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng*.pth",
+    ):
+        paths = list(folder.glob(pattern))
+        if not paths:
+            raise ValueError(f"{folder / pattern} is missing: {remedy}")
+        for path in paths:
+            with reading(path, remedy):
+                if path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+                elif path.suffix == ".safetensors":
+                    with safe_open(path, "pt"):
+                        pass
+                else:
+                    with ZipFile(path) as file:
+                        if part := file.testzip():
+                            raise ValueError(f"{part} is not as it was written")
 
 
 def arguments(config: TrainConfig) -> TrainingArguments:
@@ -392,8 +429,9 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.last = (time.monotonic(), state.num_input_tokens_seen)
         if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+            with reading(self.path, "put it back, or remove it and do without what it says"):
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
             replace_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:

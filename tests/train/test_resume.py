@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,46 @@ def test_changed_data_is_not_resumed(whole, config_file, tmp_path):
     config.save(out / "config.yaml")  # as if the file itself had changed
     with pytest.raises(ValueError, match=r"data has changed"):
         train(config, resume=True)
+
+
+CHECKPOINT = ("config.json", "model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"checkpoint-6/{each}" for each in CHECKPOINT),
+        "data.json",
+        "data/*/about.json",
+        "data/*/ids.bin",
+        "data/*/s*.npy",
+    ],
+)
+def test_a_damaged_file_is_named(name, damage, whole, config_file, tmp_path):
+    (path,) = cut(whole, tmp_path / "run", 6).glob(name)
+    path.write_bytes(b"garbage}\n" if damage == "garbage" else path.read_bytes()[: path.stat().st_size // 4 * 2])
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is damaged .*: put it back, or ") as raised:
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}), resume=True)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_line_of_the_metrics_that_is_none_is_named(whole, config_file, tmp_path):
+    out = cut(whole, tmp_path / "run", 6)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write("garbage}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged .*: put it back, or remove it"):
+        train(TrainConfig.load(config_file, {"out": str(out)}), resume=True)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_not_resumed_without(whole, config_file, tmp_path):
+    out = cut(whole, tmp_path / "run", 6)
+    (out / "checkpoint-6" / "optimizer.pt").unlink()
+    config = TrainConfig.load(config_file, {"out": str(out)})
+    with pytest.raises(ValueError, match=r"checkpoint-6/optimizer\.pt is missing: .*remove .*/checkpoint-6 to go on"):
+        train(config, resume=True)
+    shutil.rmtree(out / "checkpoint-6")
+    assert train(config, resume=True).name == "checkpoint-7"
 
 
 def test_a_run_goes_on_with_texts_that_were_moved(whole, config_file, tmp_path):
