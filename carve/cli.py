@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Callable
 from inspect import Parameter, Signature
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
 
 from carve.train.config import PRESETS, TrainConfig, read_yaml
 
@@ -365,11 +363,14 @@ def _quiet() -> None:
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
-    except BrokenPipeError:  # `carve generate ... | head`: the reader has seen enough
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter ends, which would complain
+    except BrokenPipeError:  # `carve eval ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError, ImportError, FloatingPointError, StrictDataclassError) as error:
+        sys.exit(1)  # as typer does where it is the first to notice
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"carve: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -258,6 +259,26 @@ def test_the_command_needs_no_extras_but_says_what_training_needs() -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode == 2, outcome.stderr
     assert outcome.stderr.splitlines()[-1] == "carve: error: training needs: pip install 'carve-attention[train]'"
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_reader_that_has_seen_enough_ends_the_command_in_silence(flush: bool) -> None:
+    code = f"""
+import sys
+from carve.cli import app, main
+@app.command()
+def shout():
+    print("x", flush={flush})
+sys.argv = ["carve", "shout"]
+main()
+"""
+    read, write = os.pipe()
+    os.close(read)
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with os.fdopen(write) as pipe:
+        command = [sys.executable, "-c", code]
+        outcome = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert (outcome.returncode, outcome.stderr) == (1, "")
 
 
 def test_what_is_not_utf8_on_standard_input_is_said(carve: Carve, checkpoint: Path) -> None:
