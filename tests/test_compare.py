@@ -236,6 +236,8 @@ def test_the_comparisons_that_come_with_the_package(tmp_path):
     for plan in plans.values():
         assert plan.with_facts(facts()).left({})
     assert plans["small"].common == plans["ablations"].common  # the same but for the mixers
+    toy = plans["toy"]  # runs from a fresh clone
+    assert all((ROOT / path).is_file() for path in (toy.train["data"], toy.train["validation"], *toy.tests.values()))
 
 
 def test_variants_override_the_model(tmp_path):
