@@ -1,5 +1,6 @@
 """A training run: transformers' Trainer, with checkpoints that are whole or absent, and progress that one can read."""
 
+import fcntl
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import shutil
 import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +32,7 @@ from carve.train.data import HUB, collate, find_files, reading, split_rows, toke
 from carve.train.tokenizer import load_tokenizer
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
+LOCK = "lock"  # held by the process that trains
 PLACES = ("data", "tokenizer", "out", "cache")  # fields of `TrainConfig`; what lies there may be moved
 RHYTHM = ("eval_every", "save_every", "log_every", "keep")  # and these change nothing of the weights
 
@@ -56,7 +60,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         The folder of the last checkpoint, which `from_pretrained` loads.
 
     Raises:
-        ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs.
+        ValueError: the data, tokenizer or model do not fit, the run's folder is in use, or a resumed run differs or is
+            damaged.
         OSError: a checkpoint could not be written; those before it are whole.
         FloatingPointError: the training diverged; the message names the step and the last checkpoint.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
@@ -64,7 +69,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     try:
         import accelerate  # noqa: F401  (Trainer imports it, with a message that names no package of ours)
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise ImportError("training needs: pip install 'carve-attention[train]'") from error
     out = Path(config.out)
@@ -74,6 +79,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         text = getattr(config, name)
         if text is not None and not text.startswith(HUB):
             find_files(text, name)
+    with alone(out) if args.process_index == 0 else nullcontext():
+        return _train(config, args, out, resume)
+
+
+def _train(config: TrainConfig, args: TrainingArguments, out: Path, resume: bool) -> Path:
+    """The training itself; `train` says what it takes and raises."""
+    from torch.utils.tensorboard import SummaryWriter
+
     tokenizer = load_tokenizer(config.tokenizer)
     cache = out / "data" if config.cache is None else Path(config.cache)
     for left in (out / "data").glob("*.partial-*") if args.process_index == 0 else ():
@@ -144,6 +157,24 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     return Path(last)
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Within `with`: no other process of this machine trains in the folder. One that is killed is in no one's way.
+
+    Raises:
+        ValueError: another does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out is {out}, in which another process trains: expected its end, or another folder"
+            ) from None
+        yield
+
+
 def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
     """Run the blocks and the loss without logits through `torch.compile`; weights and their names stay as they are.
 
@@ -178,7 +209,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     """
     saved = out / "config.yaml"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(path.name != "data" for path in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name not in ("data", LOCK) for path in out.iterdir())):
             how = f": carve train --resume {out} goes on with it" if saved.exists() else ""
             raise ValueError(f"out is {out}, which is not empty{how}; expected a new folder")
         return

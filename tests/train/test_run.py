@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
-from carve.train.run import CarveTrainer, Interrupted, check_content, compile_blocks
+from carve.train.run import CarveTrainer, Interrupted, alone, check_content, compile_blocks
 
 FIELDS = {
     "seq_len": 32,
@@ -113,7 +113,7 @@ def assert_same_run(out, whole):
 def test_what_a_run_writes(whole):
     assert sorted(path.name for path in whole.iterdir()) == [
         "checkpoint-2", "checkpoint-4", "checkpoint-6",
-        "config.yaml", "data", "data.json", "metrics.jsonl", "tensorboard",
+        "config.yaml", "data", "data.json", "lock", "metrics.jsonl", "tensorboard",
     ]  # fmt: skip
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
@@ -225,7 +225,7 @@ def test_a_training_that_diverges_says_so(mixer, steps, at, seen, config_file, t
     out = tmp_path / "run"
     fields = {"steps": steps, "warmup_steps": 0, "learning_rate": 1e39, "eval_every": 0, "save_every": 6}
     with pytest.raises(FloatingPointError, match=rf"diverged at step {at}: {seen}.* below 1e\+39.*no check"):
-        train(TrainConfig.load(config_file, {"out": str(out), "model": {"layer_types": [mixer]}} | fields))
+        train(TrainConfig.load(config_file, {"out": str(out), "model": {"layer_types": [mixer], "content": "mean"}} | fields))
     assert not list(out.glob("checkpoint-*"))
 
 
@@ -245,6 +245,15 @@ def test_a_training_that_diverges_names_the_last_checkpoint(config_file, tmp_pat
 def test_a_used_folder_is_refused(whole, config_file):
     with pytest.raises(ValueError, match=r"not empty: carve train --resume"):
         train(TrainConfig.load(config_file, {"out": str(whole)}))
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(whole, config_file, tmp_path):
+    with alone(tmp_path / "run"), pytest.raises(ValueError, match=r"out is .*run, in which another process trains"):
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    with alone(whole), pytest.raises(ValueError, match="in which another process trains"):
+        train(TrainConfig.load(config_file, {"out": str(whole)}), resume=True)
+    assert train(TrainConfig.load(config_file, {"out": str(whole)}), resume=True).name == "checkpoint-6"
 
 
 def test_a_resumed_run_must_be_the_same(whole, config_file, tmp_path):
@@ -286,7 +295,7 @@ def test_errors_come_before_the_folder_is_made(config_file, tmp_path):
         (9, {}, True),
         (10, {}, False),
         (9, {"content": None}, False),
-        (9, {"layer_types": ["carve_blind"]}, False),
+        (9, {"layer_types": ["carve_blind"], "content": "mean"}, False),
     ],
 )
 def test_content_that_no_loss_sees_is_said(seq_len, model, warned):
