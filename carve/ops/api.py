@@ -109,7 +109,7 @@ def chunk_carve(
     N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     check_state(initial_state, tokens, p, options, N)
-    path = choose_backend(backend, tokens, p, options, initial_state, N)
+    path = choose_backend(backend, PATHS, tokens, p, options, initial_state, N)
     if path != "torch":
         return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
     o, state = chunk_in_torch(tokens, p, initial_state, options, cu_seqlens)
@@ -176,7 +176,7 @@ def recurrent_carve(
     N = check_tokens(tokens, cu_seqlens)
     options = check_options(tokens, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     check_state(initial_state, tokens, p, options, N)
-    path = choose_backend(backend, tokens, p, options, initial_state, N)
+    path = choose_backend(backend, PATHS, tokens, p, options, initial_state, N)
     if path != "torch":
         return run_kernels(path, tokens, p, initial_state, options, cu_seqlens, output_final_state)
     o, state = recur_in_torch(tokens, p, initial_state, options, cu_seqlens)
@@ -439,24 +439,29 @@ def check_position(position: Tensor, chunk_size: int) -> None:
 # -- the choice of a backend --
 
 
-def choose_backend(backend: str, x: Tokens, p: Projections, options: Options, state: CarveState | None, N: int) -> str:
-    """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes a slower one."""
-    backends = ("auto", "torch", *reversed(PATHS))
+def choose_backend(backend: str, paths: dict[str, Any], x: Tokens, p: Projections, options: Options, *more: Any) -> str:
+    """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes a slower one.
+
+    Args:
+        paths: name -> kernels, the fastest first: `why_not(x, p, options)` and `build(x, p, options, *more)` say why
+            they do not serve the inputs, and why they cannot be compiled, or None.
+    """
+    backends = ("auto", "torch", *reversed(paths))
     if backend not in backends:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, backends))}")
     if backend == "torch" or (backend == "auto" and x.v.device.type == "cpu"):
         return "torch"
     if backend != "auto":
-        reason = PATHS[backend].why_not(x, p, options)
+        reason = paths[backend].why_not(x, p, options)
         if reason is not None:
             raise ValueError(f"backend is {backend!r}, but {reason}")
-        reason = PATHS[backend].build(x, p, options, state, N)
+        reason = paths[backend].build(x, p, options, *more)
         if reason is not None:
             raise RuntimeError(f"backend is {backend!r}, but {reason}")
         return backend
     refused: list[str] = []
-    for name, path in PATHS.items():
-        reason = path.why_not(x, p, options) or path.build(x, p, options, state, N)
+    for name, path in paths.items():
+        reason = path.why_not(x, p, options) or path.build(x, p, options, *more)
         if reason is None:
             break
         refused.append(f"{name!r} does not serve it: {reason}")

@@ -16,14 +16,14 @@ from carve.ops.api import (
     check_tensor,
     check_tokens,
     check_values,
+    choose_backend,
     expect,
-    fall_back,
 )
 from carve.ops.kernels import decode as kernel
 from carve.ops.recurrence import Options, Projections, Tokens, recurrent
 from carve.ops.state import CarveState, each
 
-BACKENDS = ("auto", "torch", "cuda")
+PATHS = {"cuda": kernel}
 
 
 def decode_carve(
@@ -79,7 +79,7 @@ def decode_carve(
     N = check_tokens(x, None)
     options = check_options(x, p, content, content_norm, chunk_size, scale, qk_l2norm, allow_neg_eigval)
     check_decoding(x, p, state, options, lengths, update, N)
-    if choose_backend(backend, x, p, options) == "cuda":
+    if choose_backend(backend, PATHS, x, p, options) == "cuda":
         return kernel.fused(x, p, state, options, lengths, update)
     return decode_in_torch(x, p, state, options, lengths, update)
 
@@ -124,24 +124,6 @@ def check_decoding(
                     f"{name} requires a gradient, which decoding does not give, expected a call under "
                     "torch.no_grad(), or recurrent_carve"
                 )
-
-
-def choose_backend(backend: str, x: Tokens, p: Projections, options: Options) -> str:
-    """The path to take; raises unless the one named serves the inputs, speaks up where "auto" takes the slower one."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "torch" or (backend == "auto" and x.v.device.type == "cpu"):
-        return "torch"
-    reason = kernel.why_not(x, p, options)
-    if reason is not None and backend == "cuda":
-        raise ValueError(f"backend is 'cuda', but {reason}")
-    reason = reason or kernel.build(x, p, options)
-    if reason is None:
-        return "cuda"
-    if backend == "cuda":
-        raise RuntimeError(f"backend is 'cuda', but {reason}")
-    fall_back("torch", str(x.v.device), f"'cuda' does not serve it: {reason}")
-    return "torch"
 
 
 @torch.compiler.disable

@@ -46,7 +46,7 @@ def choose(backend: str = "auto", device: str = "meta") -> str:
     arguments = {name: y.to(device) for name, y in CASE.arguments(torch.float32).items() if isinstance(y, torch.Tensor)}
     x = Tokens(*(arguments[name] for name in Tokens._fields))
     p = Projections(*(arguments[f"p_{name}"] for name in Projections._fields))
-    return api.choose_backend(backend, x, p, OPTIONS, None, 1)
+    return api.choose_backend(backend, api.PATHS, x, p, OPTIONS, None, 1)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_compiled_function_chooses_while_it_is_traced(
 
     def double(v: torch.Tensor) -> torch.Tensor:
         x = Tokens(v, v, v, v, v, None)
-        name = api.choose_backend("auto", x, Projections(None, None, None), OPTIONS, None, 1)
+        name = api.choose_backend("auto", api.PATHS, x, Projections(None, None, None), OPTIONS, None, 1)
         return v.new_empty(2 if name == "triton" else 3)
 
     compiled = torch.compile(double, backend="eager", fullgraph=True)

@@ -257,14 +257,14 @@ def test_auto_says_that_it_is_slow_on_a_gpu(device: Callable[..., None], monkeyp
     slow.warn_once.cache_clear()
     wanted = inputs(replace(WIDE, K=40), device="cuda")
     with pytest.warns(UserWarning, match="the op runs in plain torch, .* because 'cuda' does not serve it: K = 40"):
-        assert decode.choose_backend("auto", *wanted) == "torch"
+        assert decode.choose_backend("auto", decode.PATHS, *wanted) == "torch"
     monkeypatch.setenv("CARVE_STRICT", "1")
     with pytest.raises(ValueError, match="CARVE_STRICT forbids it"):
-        decode.choose_backend("auto", *wanted)
+        decode.choose_backend("auto", decode.PATHS, *wanted)
     monkeypatch.setattr(kernel, "why_not", lambda *_: None)
     monkeypatch.setattr(kernel, "build", lambda *_: "the compiler refused")
     with pytest.raises(RuntimeError, match="backend is 'cuda', but the compiler refused"):
-        decode.choose_backend("cuda", *wanted)
+        decode.choose_backend("cuda", decode.PATHS, *wanted)
 
 
 def test_rows_of_tokens_are_read_where_they_lie() -> None:
