@@ -27,7 +27,6 @@ from carve.compare.report import (
     contents,
     outcomes_of,
     over_seeds,
-    over_windows,
     seeds_cell,
     spread,
     student,
@@ -47,6 +46,9 @@ PICTURE = RESULTS / "results.png"
 EDITING = ("write-once", "compare-and-swap", "counters", "selective-forgetting")
 SIZE = {"pairs": 8, "length": 64}  # of the probes' tables
 BLIND = "carve-blind"
+SINGLE_CHANGES = [("carve-read", BLIND), ("carve-mean", BLIND), ("kda", BLIND)]  # what the gates see; one gate for both
+SINGLE_CHANGES += [("carve-read-value", "carve-read"), ("carve-mean-value", "carve-mean")]  # a write gate a value
+SINGLE_CHANGES += [("carve-read-value", "gdn2"), ("carve-mean-value", "gdn2")]  # what the gates see, with such a gate
 SHOWN = ["carve-read", "carve-mean", "carve-mean-write", "carve-read-value", "carve-mean-value", BLIND]
 SHOWN += ["gdn2", "kda", "gdn"]
 
@@ -97,20 +99,38 @@ def summary() -> list[str]:
     return table(["mixer", "parameters, M", "perplexity", "write-once, %", "forgetting-mqar, %"], rows)
 
 
-def differences(name: str, matching: str = "shape") -> list[str]:
-    """Loss of each mixer less that of the baseline, and what content adds, over the seeds that both have."""
+def pairs_of(name: str, matching: str) -> list[tuple[str, str, int]]:
+    """Mixers to hold against each other, and how many seeds both have: the baseline, and what differs in one thing."""
     plan, found = comparison(name, matching)
-    pairs = [(ours, plan.baseline) for ours in found] + [(ours, BLIND) for ours in ("carve-read", "carve-mean")]
+    windowed = [(label, label.removesuffix("-hybrid")) for label in found if label.endswith("-hybrid")]
+    against = [(label, plan.baseline) for label in found if not label.endswith("-hybrid")]
+    pairs = [(x, y) for x, y in dict.fromkeys(against + SINGLE_CHANGES + windowed) if x != y and {x, y} <= set(found)]
+    return [(x, y, len(set(found[x].losses("validation")) & set(found[y].losses("validation")))) for x, y in pairs]
+
+
+def differences(name: str, matching: str = "shape") -> list[str]:
+    """Differences in loss over the seeds that both have, of those that share two or more."""
+    plan, found = comparison(name, matching)
     rows = []
-    for ours, base in dict.fromkeys(pairs):
-        if ours == base or not {ours, base} <= set(found):
-            continue
-        seeds = len(found[ours].losses("validation").keys() & found[base].losses("validation").keys())
-        over, what = (over_seeds, f"{seeds} seeds") if seeds > 1 else (over_windows, "the text")
-        intervals = [over(found[ours], found[base], text) for text in ("validation", *plan.tests)]
-        cells = [NONE if x is None else f"{x[0]:+.3f} ({x[1]:+.3f} to {x[2]:+.3f})" for x in intervals]
-        rows.append([f"`{ours}` less `{base}`", *cells, what])
-    return table(["", "validation", *plan.tests, "interval over"], rows)
+    for ours, base, seeds in pairs_of(name, matching):
+        if seeds > 1:
+            intervals = [over_seeds(found[ours], found[base], text) for text in ("validation", *plan.tests)]
+            cells = [NONE if x is None else f"{x[0]:+.3f} ({x[1]:+.3f} to {x[2]:+.3f})" for x in intervals]
+            rows.append([f"`{ours}` less `{base}`", *cells, str(seeds)])
+    return table(["", "validation", *plan.tests, "seeds"], rows)
+
+
+def single_differences(name: str) -> list[str]:
+    """The same of one shared seed, without intervals."""
+    plan, found = comparison(name)
+    rows = []
+    for ours, base, seeds in pairs_of(name, "shape"):
+        if seeds == 1:
+            losses = [
+                (found[ours].losses(text)[0], found[base].losses(text)[0]) for text in ("validation", *plan.tests)
+            ]
+            rows.append([f"`{ours}` less `{base}`", *(f"{x - y:+.3f}" for x, y in losses)])
+    return table(["", "validation", *plan.tests], rows)
 
 
 def positions(name: str, text: str) -> list[str]:
@@ -208,28 +228,32 @@ def hard() -> Mapping[tuple[str, int], Mapping[str, Summary]]:
     return found
 
 
-def hard_cell(task: str, pairs: int, mixer: str) -> str:
+def hard_cell(task: str, pairs: int, mixer: str, *, rate: bool = False) -> str:
+    """Accuracy, and the learning rate if asked for and there was a choice."""
     found = hard()[task, pairs].get(mixer)
-    return NONE if found is None else cell(found)
+    if found is None:
+        return NONE
+    return cell(found) + (f" at {found.learning_rate:g}" if rate and task in RATES else "")
 
 
 def hard_accuracies() -> list[str]:
     cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
     mixers = [mixer for mixer in MIXERS if any(mixer in hard()[case] for case in cases)]
-    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer) for case in cases)] for mixer in mixers]
+    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer, rate=True) for case in cases)] for mixer in mixers]
     return table(["mixer", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
 
 
 def hard_differences(base: str) -> list[str]:
-    """Accuracy less that of the base with the same seed, where two seeds or more have both."""
+    """Accuracy less that of the base with the same seed, each at its own best rate; how many seeds, if two."""
     cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
     rows = []
     for mixer in (mixer for mixer in MIXERS if mixer != base and any(mixer in hard()[case] for case in cases)):
         cells = []
         for case in cases:
             mine, other = (hard()[case][x].accuracies if x in hard()[case] else {} for x in (mixer, base))
-            found = student([100 * (mine[seed] - other[seed]) for seed in mine if seed in other])
-            cells.append(NONE if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f})")
+            gains = [100 * (mine[seed] - other[seed]) for seed in mine if seed in other]
+            found, few = student(gains), ", 2 seeds" if len(gains) == 2 else ""
+            cells.append(NONE if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f}{few})")
         rows.append([f"`{mixer}`", *cells])
     return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
 
@@ -259,6 +283,7 @@ BLOCKS = {
     "ablations: content": lambda: content_terms("ablations"),
     "language: perplexity": lambda: perplexities("language"),
     "language: differences": lambda: differences("language"),
+    "language: one seed": lambda: single_differences("language"),
     "language: positions": lambda: positions("language", "test"),
     "language: content": lambda: content_terms("language"),
     "language: layers": lambda: layers("language"),
