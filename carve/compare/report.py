@@ -435,5 +435,7 @@ def draw_gates(some: Sequence[Outcome]) -> "Figure | None":
         ax.set_xticks(range(moved.shape[1]))
         ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         ax.tick_params(labelsize=7)
-        figure.colorbar(image, ax=ax, label="moved by content").ax.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=ax)
+        bar.set_label("moved by content", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
     return figure
