@@ -114,11 +114,7 @@ def compare(
 def check_texts(plan: Plan) -> None:
     """Raise ValueError unless all texts are there and not empty."""
     for name, path in text_paths(plan).items():
-        try:
-            files = find_files(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace("data is", f"{name} is", 1)) from error
-        if not any(file.stat().st_size for file in files):
+        if not any(file.stat().st_size for file in find_files(path, name)):
             raise ValueError(f"{name} is {path!r}, which is empty: expected text")
 
 

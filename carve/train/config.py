@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 
 from carve.files import replace_text
 from carve.names import hint
@@ -110,10 +109,7 @@ class TrainConfig:
         for name in self.model:
             if name not in names:
                 raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, names)}")
-        try:
-            CarveConfig(**self.model)  # raises on values that do not fit
-        except StrictDataclassError as error:
-            raise ValueError(f"model: {' '.join(str(error).split())}") from error
+        CarveConfig(**self.model)  # raises on values that do not fit
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:
         if not fits:
