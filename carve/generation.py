@@ -46,6 +46,8 @@ def generate_text(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be from 0 to below 2**64, got {seed}")
 
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.bos_token_id is not None:

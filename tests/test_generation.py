@@ -126,6 +126,8 @@ def test_every_token_can_be_sampled(
         ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"seed": -1}, r"seed must be from 0 to below 2\*\*64, got -1"),
+        ({"seed": 1 << 64}, r"seed must be from 0 to below 2\*\*64, got 18446744073709551616"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -1,6 +1,5 @@
 """`carve compare`: trains and measures what a plan asks for, each run once, shared between processes; then reports."""
 
-import fcntl
 import gc
 import importlib.util
 import json
@@ -9,8 +8,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +27,7 @@ from carve.compare.plan import (
     read_plan,
 )
 from carve.compare.report import Results, write_report
-from carve.files import replace_text
+from carve.files import locked, replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
 from carve.train.data import Tokens, find_files, fingerprint, tokenise
@@ -300,19 +297,6 @@ def free_memory() -> None:
     gc.collect()  # a Trainer holds itself in circles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Within `with`: whether this process, of all on this machine, has the lock. A process that ends lets it go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except BlockingIOError:
-            mine = False
-        yield mine
 
 
 class TimeLimit:

@@ -1,6 +1,5 @@
 """A training run: transformers' Trainer, with checkpoints that are whole or absent, and progress that one can read."""
 
-import fcntl
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from carve.files import replace_text
+from carve.files import locked, replace_text
 from carve.mixer import SEEING, CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig, settled
@@ -164,14 +163,9 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         ValueError: another does.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"out is {out}, in which another process trains: expected its end, or another folder"
-            ) from None
+    with locked(out / LOCK) as mine:
+        if not mine:
+            raise ValueError(f"out is {out}, in which another process trains: expected its end, or another folder")
         yield
 
 
