@@ -171,12 +171,12 @@ def nats_of(logits: Tensor, targets: Tensor) -> np.ndarray:
     """`-ln p(target)`, `[B, T]` float64, from logits `[B, T, vocab]`.
 
     Raises:
-        ValueError: one is not finite.
+        FloatingPointError: one is not finite.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     nats = F.cross_entropy(logits, targets.flatten(), reduction="none")
     if not nats.isfinite().all():
-        raise ValueError("the loss of a token is not finite")
+        raise FloatingPointError("the loss of a token is not finite")
     return nats.view(targets.shape).double().cpu().numpy()
 
 

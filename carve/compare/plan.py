@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
+from carve.evals.context import check_context
 from carve.evals.mixers import MIXERS, mixer_fields
-from carve.evals.probes.training import check_context
-from carve.mixer import SEEING
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
 from carve.names import hint
@@ -330,9 +329,3 @@ def place(name: str, value: Any, text: str | Path) -> str:
 def is_recurrent(model: Mapping[str, Any]) -> bool:
     """Whether no layer is attention: what such a model can read has no limit."""
     return set(ATTENTION).isdisjoint(model["layer_types"])
-
-
-def has_content(model: Mapping[str, Any]) -> bool:
-    """Whether the gates of some layer see the memory."""
-    config = CarveConfig(**model)
-    return config.content is not None and not set(SEEING).isdisjoint(config.layer_types or ())

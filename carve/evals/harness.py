@@ -26,10 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from carve.evals.context import check_context, longest_context
 from carve.evals.probes.results import append_result, key_of, read_results
-from carve.evals.probes.training import check_context
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
-from carve.models.configuration_carve import ATTENTION
 from carve.models.modeling_carve import CarveForCausalLM
 from carve.names import hint
 
@@ -120,8 +119,7 @@ class CarveLM(TemplateLM):
     @property
     def max_length(self) -> int | None:
         """Tokens that the model can read in a row; None for any number."""
-        config = self.model.config
-        return None if set(ATTENTION).isdisjoint(config.layer_types) else config.max_position_embeddings
+        return longest_context(self.model.config)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         # verbose=False: a text longer than the tokenizer's `model_max_length` is no mistake here.

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carve.evals.context import longest_context
 from carve.text import tokenize_stream
 
 
@@ -91,7 +92,7 @@ def perplexity(
         raise ValueError("stride needs a window")
     if stride is not None and window is not None and not 1 <= stride <= window:
         raise ValueError(f"stride must be between 1 and the window of {window}, got {stride}")
-    longest = longest_context(model)
+    longest = longest_context(model.config)
     if window is not None and longest is not None and window > longest:
         raise ValueError(f"window must be at most the model's max_position_embeddings of {longest}, got {window}")
 
@@ -99,8 +100,9 @@ def perplexity(
     was_training = model.training
     model.eval()
     try:
-        for document in documents:
-            for part in _score_document(model, tokenizer, document, window or piece, stride, carry=window is None):
+        for number, document in enumerate(documents, start=1):
+            parts = _score_document(model, tokenizer, document, number, window or piece, stride, carry=window is None)
+            for part in parts:
                 total += part
                 if on_progress is not None and total.tokens:
                     on_progress(total)
@@ -111,16 +113,11 @@ def perplexity(
     return total
 
 
-def longest_context(model: PreTrainedModel) -> int | None:
-    """Tokens that full attention of the model may see; None for any number."""
-    full = "full_attention" in (getattr(model.config, "layer_types", None) or ["full_attention"])
-    return getattr(model.config, "max_position_embeddings", None) if full else None
-
-
 def _score_document(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     document: Iterable[str],
+    number: int,
     length: int,
     stride: int | None,
     *,
@@ -139,12 +136,12 @@ def _score_document(
             yield from ids
 
     yield Perplexity(documents=1)
-    state, read, longest = None, 0, longest_context(model)
+    state, read, longest = None, 0, longest_context(model.config)
     for ids, fresh in _windows(tokens(), length, stride or length):
         read += fresh
         if carry and longest is not None and read > longest:
             raise ValueError(
-                f"a document is longer than the model's max_position_embeddings of {longest} tokens: give a window"
+                f"document {number} is longer than the model's max_position_embeddings of {longest}: give a window"
             )
         row = torch.tensor([ids], device=model.device)  # [1, T + 1]
         with torch.inference_mode():

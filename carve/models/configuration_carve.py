@@ -156,13 +156,6 @@ class CarveConfig(PreTrainedConfig):
                 with torch.device("meta"):  # no memory: only to let the layer check its arguments
                     CarveMixer(**self.mixer_arguments(i))
                 break
-        if set(SEEING).isdisjoint(self.layer_types) and self.content is not None:
-            for name in ("content", "content_norm", "content_erase", "content_write"):
-                if getattr(self, name) != (default := getattr(CarveConfig, name)):
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)!r}, expected {default!r} or content None: "
-                        "no layer of layer_types sees content"
-                    )
         if "sliding_attention" in self.layer_types and (self.sliding_window is None or self.sliding_window < 2):
             raise ValueError(f"sliding_window is {self.sliding_window}, expected at least 2 for 'sliding_attention'")
         if not set(ATTENTION).isdisjoint(self.layer_types):
@@ -175,6 +168,11 @@ class CarveConfig(PreTrainedConfig):
                 )
             if self.head_dim % 2:
                 raise ValueError(f"head_dim is {self.head_dim}, expected an even number for rotary embeddings")
+
+    @property
+    def sees_content(self) -> bool:
+        """Whether the gates of some layer see the memory."""
+        return self.content is not None and not set(SEEING).isdisjoint(self.layer_types or ())
 
     def validate_rope(self) -> None:
         """Only attention has rotary embeddings: a recurrent head may be of any size."""

@@ -23,6 +23,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PATHS: dict[str, Any] = {"cuda": cuda, "triton": portable}  # faster than plain torch, the fastest first
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """A value that should be finite is not: of an argument, or of a model that has diverged."""
+
+
 class CarveGates(NamedTuple):
     """The gates of every token, and what they would be without the content term.
 
@@ -412,7 +416,8 @@ def check_values(x: Tokens, p: Projections, state: CarveState | None, options: O
     if x.g.device.type == "cpu" and x.g.numel():
         low, high = (float(y) for y in x.g.detach().aminmax())
         if not (low > -float("inf") and high <= 0):
-            raise ValueError(f"g has values from {low} to {high}, expected finite log-decays <= 0")
+            error = ValueError if isfinite(low) and isfinite(high) else NotFinite
+            raise error(f"g has values from {low} to {high}, expected finite log-decays <= 0")
     if state is None:
         shapes = state_shapes(x, p, options, N).values()
         memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes)

@@ -109,7 +109,10 @@ class TrainConfig:
         for name in self.model:
             if name not in names:
                 raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, names)}")
-        CarveConfig(**self.model)  # raises on values that do not fit
+        model = CarveConfig(**self.model)  # raises on values that do not fit
+        for name in ("content", "content_norm", "content_erase", "content_write"):
+            if self.model.get("content", "") is not None and name in self.model and not model.sees_content:
+                raise ValueError(f"model has {name!r}, but no layer of layer_types sees content: expected it left out")
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:
         if not fits:

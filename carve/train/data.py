@@ -29,6 +29,7 @@ from carve.text import read_documents, tokenize_stream
 
 HUB = "hub:"
 ABOUT = "about.json"
+DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, NotImplementedError)  # what comes of reading it
 REMEDY = "put it back, or remove its folder and give the text, to tokenise it again"
 
 
@@ -134,7 +135,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, BadZipFile, SafetensorError) as error:
+    except (*DAMAGE, BadZipFile, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}") from error
 
 

@@ -1,6 +1,7 @@
 """A training run: transformers' Trainer, with checkpoints that are whole or absent, and progress that one can read."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -18,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from carve.files import locked, replace_text
-from carve.mixer import SEEING, CarveMixer
+from carve.mixer import CarveMixer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig, settled
 from carve.train.data import HUB, collate, find_files, reading, split_rows, tokenise
@@ -53,7 +54,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
     Args:
         config: what to train, on what, how long, and where to put it.
-        resume: go on from the last checkpoint of `config.out`, to the same bits as without the interruption.
+        resume: go on from the last checkpoint of `config.out`; on as many CPUs, to the same bits as uninterrupted.
 
     Returns:
         The folder of the last checkpoint, which `from_pretrained` loads.
@@ -78,15 +79,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         text = getattr(config, name)
         if text is not None and not text.startswith(HUB):
             find_files(text, name)
+    tokenizer = load_tokenizer(config.tokenizer)
     with alone(out) if args.process_index == 0 else nullcontext():
-        return _train(config, args, out, resume)
+        if args.process_index == 0:
+            check_folder(config, out, resume)  # once more: another may have begun since, and ended
+        return _train(config, args, tokenizer, out, resume)
 
 
-def _train(config: TrainConfig, args: TrainingArguments, out: Path, resume: bool) -> Path:
+def _train(
+    config: TrainConfig, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool
+) -> Path:
     """The training itself; `train` says what it takes and raises."""
     from torch.utils.tensorboard import SummaryWriter
 
-    tokenizer = load_tokenizer(config.tokenizer)
     cache = out / "data" if config.cache is None else Path(config.cache)
     for left in (out / "data").glob("*.partial-*") if args.process_index == 0 else ():
         shutil.rmtree(left)  # a run was killed here
@@ -146,7 +151,9 @@ def _train(config: TrainConfig, args: TrainingArguments, out: Path, resume: bool
     last = get_last_checkpoint(out)
     if last != str(out / f"checkpoint-{config.steps}"):
         if last is not None:
-            check_checkpoint(Path(last))
+            logging.getLogger("transformers.trainer_utils").addFilter(is_news)
+            if args.process_index == 0:
+                check_checkpoint(Path(last))
         with stop, progress.bar:
             trainer.train(resume_from_checkpoint=last)
         last = get_last_checkpoint(out)
@@ -184,12 +191,11 @@ def check_content(seq_len: int, model: CarveConfig) -> None:
 
     The first chunk sees an empty memory, and the last token of a sequence has no loss.
     """
-    sees = model.content is not None and not set(SEEING).isdisjoint(model.layer_types or ())
-    if sees and seq_len < model.chunk_size + 2:
+    if model.sees_content and seq_len < model.chunk_size + 2:
         warnings.warn(
             f"carve: the content projections will not learn: seq_len is {seq_len}, expected at least "
             f"chunk_size + 2 = {model.chunk_size + 2}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -209,17 +215,14 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
         return
     if not saved.is_file():
         raise ValueError(f"{out} holds no config.yaml: expected the folder of a training run")
-    fields, before = (flat(settled(vars(each))) for each in (config, TrainConfig.load(saved)))
-    for name in before | fields:
-        now, was = (each.get(name, "the tokenizer's") for each in (fields, before))
-        free = name in PLACES + RHYTHM or (name == "validation" and None not in (was, now))
-        if now != was and not free:
-            raise ValueError(f"{name} is {now!r}, but the run in {out} has {was!r}: it cannot go on")
-
-
-def flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `TrainConfig`, those of the model among them."""
-    return fields | {f"model.{name}": value for name, value in fields.pop("model").items()}
+    fields, before = (settled(vars(each)) for each in (config, TrainConfig.load(saved)))
+    for where, now, was in (("", fields, before), ("model.", fields.pop("model"), before.pop("model"))):
+        for name in was | now:
+            free = name in PLACES + RHYTHM or (name == "validation" and None not in (was[name], now[name]))
+            same = (name in now) == (name in was) and now.get(name) == was.get(name)
+            if not same and not free:
+                mine, its = (repr(each[name]) if name in each else "the tokenizer's" for each in (now, was))
+                raise ValueError(f"{where}{name} is {mine}, but the run in {out} has {its}: it cannot go on")
 
 
 def check_data(out: Path, fingerprints: dict[str, str]) -> None:
@@ -265,6 +268,11 @@ def check_checkpoint(folder: Path) -> None:
                     with ZipFile(path) as file:
                         if part := file.testzip():
                             raise ValueError(f"{part} is not as it was written")
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a word of transformers is not that of arguments which differ: `check_folder` has looked at them."""
+    return "do not match the ones in the `trainer_state.json`" not in record.getMessage()
 
 
 def arguments(config: TrainConfig) -> TrainingArguments:
@@ -340,9 +348,7 @@ class CarveTrainer(Trainer):
         """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
         try:
             return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
-        except ValueError as error:
-            if "finite" not in str(error):  # what the op says, on a CPU, of numbers that have run away
-                raise
+        except FloatingPointError as error:  # of the op, on a CPU
             raise self.diverged(str(error)) from error
 
     def diverged(self, seen: str) -> FloatingPointError:

@@ -201,3 +201,12 @@ def test_decay_bounds_are_allowed(op) -> None:
             warnings.simplefilter("error")
             o, _ = op(**arguments | {"g": torch.full_like(arguments["g"], g)})
         assert torch.isfinite(o).all()
+
+
+@pytest.mark.parametrize(("bad", "runaway"), [(NAN, True), (-INF, True), (0.5, False)])
+def test_numbers_that_ran_away_can_be_told_from_a_wrong_sign(bad: float, runaway: bool) -> None:
+    """Both are a ValueError; what trains models asks for the first."""
+    arguments = CASE.arguments(torch.float32)
+    with pytest.raises(ValueError, match="g has values from") as caught:
+        chunk_carve(**arguments | {"g": torch.full_like(arguments["g"], bad)})
+    assert isinstance(caught.value, FloatingPointError) == runaway

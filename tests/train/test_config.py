@@ -60,6 +60,11 @@ def test_help_has_a_flag_a_line_and_a_default_for_every_field():
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"learning_rate": float("inf")}, "learning_rate is inf, expected a positive finite number"),
         ({"content_lr": float("inf")}, "content_lr is inf"),
+        (
+            {"model": {"layer_types": ["gdn2"] * 22, "content": "mean"}},
+            "model has 'content', but no layer of layer_types",
+        ),
+        ({"model": {"layer_types": ["gdn2"] * 22, "content_write": True}}, "model has 'content_write', but no layer"),
         ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"seed": -1}, "seed is -1"),

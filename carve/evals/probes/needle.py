@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from carve.evals.context import check_context
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
-from carve.evals.probes.training import check_context
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.names import hint
 from carve.text import read_text

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from carve.evals.context import check_context
 from carve.evals.mixers import MIXERS, mixer_fields
 from carve.evals.probes.tasks import IGNORE, Batch, Task
 from carve.models import CarveConfig, CarveForCausalLM
@@ -69,16 +70,6 @@ def probe_config(task: Task, mixer: str, **fields: Any) -> CarveConfig:
     config = CarveConfig(vocab_size=task.vocab_size, **chosen)
     check_context(config, task.tokens)
     return config
-
-
-def check_context(config: Any, tokens: int) -> None:
-    """Raise ValueError where sequences of so many tokens are longer than what all attention of a model can see."""
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    longest = getattr(config, "max_position_embeddings", None)
-    if not layer_types.isdisjoint(ATTENTION) and longest is not None and tokens > longest:
-        raise ValueError(f"sequences of {tokens} tokens, but the model has max_position_embeddings = {longest}")
-    if layer_types == {"sliding_attention"} and tokens > config.sliding_window:
-        raise ValueError(f"sequences of {tokens} tokens, but all layers see a window of {config.sliding_window} only")
 
 
 def train_probe(
@@ -219,12 +210,7 @@ def answer(model: CarveForCausalLM, questions: Questions) -> Tensor:
     """
     cuda = questions.input_ids.is_cuda
     with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-        try:
-            hidden = model.model(questions.input_ids, use_cache=False).last_hidden_state
-        except ValueError as error:
-            if "finite" not in str(error):
-                raise
-            raise FloatingPointError(str(error)) from error
+        hidden = model.model(questions.input_ids, use_cache=False).last_hidden_state
         places = questions.places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return model.lm_head(hidden.gather(1, places)).float()
 
