@@ -26,7 +26,6 @@ from carve.compare.report import (
     by_position,
     contents,
     outcomes_of,
-    over_seeds,
     seeds_cell,
     spread,
     student,
@@ -99,38 +98,29 @@ def summary() -> list[str]:
     return table(["mixer", "parameters, M", "perplexity", "write-once, %", "forgetting-mqar, %"], rows)
 
 
-def pairs_of(name: str, matching: str) -> list[tuple[str, str, int]]:
-    """Mixers to hold against each other, and how many seeds both have: the baseline, and what differs in one thing."""
+def pairs_of(name: str, matching: str) -> list[tuple[str, str, list[int]]]:
+    """Mixers to hold against each other, and the seeds that both have: the baseline, and what differs in one thing."""
     plan, found = comparison(name, matching)
     windowed = [(label, label.removesuffix("-hybrid")) for label in found if label.endswith("-hybrid")]
     against = [(label, plan.baseline) for label in found if not label.endswith("-hybrid")]
     pairs = [(x, y) for x, y in dict.fromkeys(against + SINGLE_CHANGES + windowed) if x != y and {x, y} <= set(found)]
-    return [(x, y, len(set(found[x].losses("validation")) & set(found[y].losses("validation")))) for x, y in pairs]
+    losses = {label: found[label].losses("validation").keys() for label in found}
+    return [(x, y, sorted(losses[x] & losses[y])) for x, y in pairs]
 
 
 def differences(name: str, matching: str = "shape") -> list[str]:
-    """Differences in loss over the seeds that both have, of those that share two or more."""
+    """Differences in loss over the seeds that both have, with intervals; of one seed without."""
     plan, found = comparison(name, matching)
     rows = []
     for ours, base, seeds in pairs_of(name, matching):
-        if seeds > 1:
-            intervals = [over_seeds(found[ours], found[base], text) for text in ("validation", *plan.tests)]
-            cells = [NONE if x is None else f"{x[0]:+.3f} ({x[1]:+.3f} to {x[2]:+.3f})" for x in intervals]
-            rows.append([f"`{ours}` less `{base}`", *cells, str(seeds)])
+        cells = []
+        for text in ("validation", *plan.tests):
+            mine, other = found[ours].losses(text), found[base].losses(text)
+            interval = student([mine[seed] - other[seed] for seed in seeds])
+            one = f"{mine[seeds[0]] - other[seeds[0]]:+.3f}" if seeds else NONE
+            cells.append(f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})" if interval else one)
+        rows.append([f"`{ours}` less `{base}`", *cells, str(len(seeds))])
     return table(["", "validation", *plan.tests, "seeds"], rows)
-
-
-def single_differences(name: str) -> list[str]:
-    """The same of one shared seed, without intervals."""
-    plan, found = comparison(name)
-    rows = []
-    for ours, base, seeds in pairs_of(name, "shape"):
-        if seeds == 1:
-            losses = [
-                (found[ours].losses(text)[0], found[base].losses(text)[0]) for text in ("validation", *plan.tests)
-            ]
-            rows.append([f"`{ours}` less `{base}`", *(f"{x - y:+.3f}" for x, y in losses)])
-    return table(["", "validation", *plan.tests], rows)
 
 
 def positions(name: str, text: str) -> list[str]:
@@ -236,37 +226,44 @@ def hard_cell(task: str, pairs: int, mixer: str, *, rate: bool = False) -> str:
     return cell(found) + (f" at {found.learning_rate:g}" if rate and task in RATES else "")
 
 
+def hard_mixers() -> list[str]:
+    return [mixer for mixer in MIXERS if any(mixer in some for some in hard().values())]
+
+
 def hard_accuracies() -> list[str]:
-    cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
-    mixers = [mixer for mixer in MIXERS if any(mixer in hard()[case] for case in cases)]
-    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer, rate=True) for case in cases)] for mixer in mixers]
-    return table(["mixer", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
+    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer, rate=True) for case in hard())] for mixer in hard_mixers()]
+    return table(["mixer", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
 
 
 def hard_differences(base: str) -> list[str]:
-    """Accuracy less that of the base with the same seed, each at its own best rate; how many seeds, if two."""
-    cases = [(task, pairs) for task, sizes in HARD.items() for pairs in sizes]
+    """Accuracy less that of the base with the same seed, each at its own best rate; of how many seeds, if not three."""
     rows = []
-    for mixer in (mixer for mixer in MIXERS if mixer != base and any(mixer in hard()[case] for case in cases)):
+    for mixer in (mixer for mixer in hard_mixers() if mixer != base):
         cells = []
-        for case in cases:
+        for case in hard():
             mine, other = (hard()[case][x].accuracies if x in hard()[case] else {} for x in (mixer, base))
             gains = [100 * (mine[seed] - other[seed]) for seed in mine if seed in other]
             found, few = student(gains), ", 2 seeds" if len(gains) == 2 else ""
             cells.append(NONE if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f}{few})")
         rows.append([f"`{mixer}`", *cells])
-    return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in cases)], rows)
+    return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
 
 
 def signals() -> list[str]:
-    """Accuracy of each signal of `signals.py` into both gates."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Accuracy of each signal of `signals.py` into both gates; of how many of three seeds, if not all."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     for record in read_probes(RESULTS / "signals" / "results.jsonl").values():
         configuration = record["configuration"]
         of_signal = found.setdefault(configuration["mixer"], {})
-        of_signal.setdefault(configuration["task"]["name"], []).append(100 * record["accuracy"])
+        of_task = of_signal.setdefault(configuration["task"]["name"], {})
+        if configuration["seed"] in of_task:
+            raise ValueError(f"two results of {configuration['mixer']}, one seed: expected one recipe")
+        of_task[configuration["seed"]] = 100 * record["accuracy"]
     tasks = ("write-once", "counters")
-    rows = [[name, *(spread(some.get(task, []), 1) for task in tasks)] for name, some in found.items()]
+    rows = []
+    for name, some in found.items():
+        scores = [list(some.get(task, {}).values()) for task in tasks]
+        rows.append([name, *(spread(x, 1) + (f" ({len(x)}/3)" if 0 < len(x) < 3 else "") for x in scores)])
     return table(["signal, into both gates", *tasks], rows)
 
 
@@ -283,7 +280,6 @@ BLOCKS = {
     "ablations: content": lambda: content_terms("ablations"),
     "language: perplexity": lambda: perplexities("language"),
     "language: differences": lambda: differences("language"),
-    "language: one seed": lambda: single_differences("language"),
     "language: positions": lambda: positions("language", "test"),
     "language: content": lambda: content_terms("language"),
     "language: layers": lambda: layers("language"),
@@ -312,11 +308,14 @@ def draw() -> Figure:
     left.axvline(0, color="0.5", linewidth=0.8)
     left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
     left.set_title("language: 31 M parameters, 100 M tokens", fontsize=9)
-    probed = {f"{task}\n{pairs} pairs": (task, pairs) for task, sizes in HARD.items() for pairs in sizes}
+    probed = {f"{task}\n{pairs} pairs": (task, pairs) for task, pairs in hard()}
     for i, mixer in enumerate(SHOWN):
         for at, case in enumerate(probed.values()):
             if mixer in hard()[case]:
-                seeds, place = [100 * x for x in hard()[case][mixer].accuracies.values()], at + (i - 4) * 0.09
+                seeds, place = (
+                    [100 * x for x in hard()[case][mixer].accuracies.values()],
+                    at + (i - len(SHOWN) // 2) * 0.09,
+                )
                 right.bar(place, statistics.fmean(seeds), 0.08, color=colours[mixer], alpha=0.6)
                 right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
     right.set_xticks(range(len(probed)), list(probed))

@@ -365,8 +365,9 @@ def main() -> None:
     try:
         try:
             app()
-        finally:
+        except SystemExit:
             sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter ends, which would complain
+            raise
     except BrokenPipeError:  # `carve eval ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)  # as typer does where it is the first to notice

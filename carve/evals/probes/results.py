@@ -27,7 +27,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return results
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
+        if not line.strip(" \0"):  # zeros are what a machine leaves that went off while it wrote
             continue
         try:
             record = json.loads(line)

@@ -113,7 +113,7 @@ def plan_probes(
         if name not in known:
             raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, known)}")
         if any(name in own for own in MIXERS.values()):
-            raise ValueError(f"model: {name} is what mixers differ in, expected one of the mixers that has it")
+            raise ValueError(f"model has {name!r}, which the mixer decides, expected another field, or another mixer")
 
     dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
     runs = []
