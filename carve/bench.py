@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from carve.files import replace_text
+from carve.files import check_json, replace_text
 from carve.ops import chunk_carve
 
 CONTENTS = {"blind": None, "mean": "mean", "read": "read"}
@@ -233,8 +233,8 @@ def report(
     shape = Shape(*sizes)
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
-    if json_path is not None and not json_path.parent.is_dir():
-        raise FileNotFoundError(f"{json_path.parent} is not a folder, expected one to write {json_path.name} to")
+    if json_path is not None:
+        check_json(json_path)
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=place)

@@ -83,7 +83,7 @@ def inspect(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="The picture to write, a PNG.")],
     prompt: Annotated[str | None, typer.Option(help="The text to run through the model.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Run the text of this file, a few thousand tokens at most.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Run the text of this file: a page or two.")] = None,
 ) -> None:
     """Draw what each layer and head erases, writes and forgets over a text, and how the content moves the gates."""
     from carve.inspection import inspect_checkpoint
@@ -225,7 +225,8 @@ def needle(
     length: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "1024,2048,4096,8192",
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 100,
     haystack: Annotated[
-        Path | None, typer.Option(help=r"Text to hide needles in: a file or folder (.txt, .txt.gz).  \[default: noise]")
+        Path | None,
+        typer.Option(help=r"Text to hide needles in: .txt, .txt.gz or .md, or a folder.  \[default: noise]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
 ) -> None:

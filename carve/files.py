@@ -1,6 +1,7 @@
 """Files that have their names only once they are whole, and that one process holds."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,23 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
+
+
+def check_json(path: str | os.PathLike[str]) -> None:
+    """See, before long work, that a file of JSON can be written there and replaces nothing but another.
+
+    Raises:
+        ValueError: what is there is something else.
+        OSError: there is no such folder.
+    """
+    path = Path(path).absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}")
+    if path.exists():
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is no file of JSON: expected a new file, or an earlier result") from error
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_command(tmp_path: Path) -> None:
         (["--rounds", "0"], "rounds is 0, expected at least 1"),
         (["--device", "gpu"], "device is 'gpu', expected one that PyTorch has here"),
         (["--backend", "fast", "--device", "cpu"], "backend is 'fast', expected one of"),
-        (["--json", "/nowhere/x.json"], "/nowhere is not a folder"),
+        (["--json", "/nowhere/x.json"], "no such folder: /nowhere"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from carve.files import replace_text, replacing
+from carve.files import check_json, replace_text, replacing
 
 
 def fail(path: Path) -> None:
@@ -21,3 +21,15 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     replace_text(path, "three")
     assert path.read_text() == "three"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_of_json_replaces_nothing_else(tmp_path: Path) -> None:
+    check_json(tmp_path / "new.json")
+    (tmp_path / "old.json").write_text('{"total": 1}')
+    check_json(tmp_path / "old.json")
+    (tmp_path / "text.txt").write_text("a text that somebody needs")
+    for name in ("text.txt", "."):
+        with pytest.raises(ValueError, match="is no file of JSON: expected a new file, or an earlier result"):
+            check_json(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        check_json(tmp_path / "nowhere" / "new.json")

@@ -146,8 +146,11 @@ def read_texts(plan: Plan, out: Path) -> tuple[Plan, dict[str, Tokens]]:
 def check_folder(plan: Plan, out: Path) -> None:
     """Raise ValueError where the folder holds results of another comparison, and say in what it differs."""
     if not (out / FACTS).exists():
-        if (out / RESULTS).exists():
-            raise ValueError(f"{out} holds {RESULTS} but no {FACTS}: expected a new folder, or that of this comparison")
+        for name in (RESULTS, "config.yaml"):  # the second is of a training run
+            if (out / name).exists():
+                raise ValueError(
+                    f"{out} holds {name} but no {FACTS}: expected a new folder, or that of this comparison"
+                )
         return
     there = read_json(out / FACTS)
     was, now = flat(there | {"train": common_train(there["train"])}), flat(json.loads(json.dumps(plan.common)))

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from carve.evals.perplexity import Perplexity, perplexity
-from carve.files import replace_text
+from carve.files import check_json, replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.text import read_documents
 
@@ -48,8 +48,8 @@ def evaluate_files(
         read_documents(path)  # raises if it is not there
         if not Path(path).stat().st_size:
             raise ValueError(f"{os.fspath(path)} is empty: no text to score")
-    if json_path is not None and not Path(json_path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {Path(json_path).absolute().parent}")
+    if json_path is not None:
+        check_json(json_path)
     model, tokenizer = load_checkpoint(checkpoint)
 
     results: dict[str, Perplexity] = {}

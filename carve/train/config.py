@@ -66,9 +66,7 @@ class TrainConfig:
     out: str = _option("Folder of the run: config.yaml, metrics.jsonl, checkpoint-N, tensorboard.", "runs/train")
     cache: str | None = _option("Folder for the tokenised text, to share between runs; by default in the run's.", None)
     seq_len: int = _option("Tokens in a training sequence.", 2048)
-    batch_tokens: int = _option(
-        "Tokens in an optimizer step, over all devices; the last of an epoch may have fewer.", 65536
-    )
+    batch_tokens: int = _option("Tokens in an optimizer step, over all devices.", 65536)
     micro_batch: int = _option("Sequences that a device runs at once; the rest of the batch is accumulated.", 8)
     steps: int = _option("Optimizer steps.", 1000)
     learning_rate: float = _option("Peak learning rate of AdamW (betas 0.9 and 0.95).", 1e-3)

@@ -151,9 +151,11 @@ def _train(
     last = get_last_checkpoint(out)
     if last != str(out / f"checkpoint-{config.steps}"):
         if last is not None:
+            if (at := int(last.rpartition("-")[2])) > config.steps:
+                raise ValueError(f"steps is {config.steps}, but the run in {out} has made {at}: expected more")
             logging.getLogger("transformers.trainer_utils").addFilter(is_news)
             if args.process_index == 0:
-                check_checkpoint(Path(last))
+                check_checkpoint(Path(last), model_config)
         with stop, progress.bar:
             trainer.train(resume_from_checkpoint=last)
         last = get_last_checkpoint(out)
@@ -239,11 +241,11 @@ def check_data(out: Path, fingerprints: dict[str, str]) -> None:
             raise ValueError(f"{name} has changed, in text or tokenizer, since the run in {out} began: it cannot go on")
 
 
-def check_checkpoint(folder: Path) -> None:
+def check_checkpoint(folder: Path, model: CarveConfig) -> None:
     """See that a run can go on from a checkpoint.
 
     Raises:
-        ValueError: a file is missing or damaged; the message names it.
+        ValueError: a file is missing or damaged, or the checkpoint is of another model; the message names it.
     """
     remedy = f"put it back, or remove {folder} to go on from the checkpoint before it, or from the start"
     for pattern in (
@@ -260,7 +262,9 @@ def check_checkpoint(folder: Path) -> None:
         for path in paths:
             with reading(path, remedy):
                 if path.suffix == ".json":
-                    json.loads(path.read_text(encoding="utf-8"))
+                    fields = json.loads(path.read_text(encoding="utf-8"))
+                    if path.name == "config.json":
+                        was = CarveConfig.from_dict(fields)
                 elif path.suffix == ".safetensors":
                     with safe_open(path, "pt"):
                         pass
@@ -268,6 +272,9 @@ def check_checkpoint(folder: Path) -> None:
                     with ZipFile(path) as file:
                         if part := file.testzip():
                             raise ValueError(f"{part} is not as it was written")
+    for name in CarveConfig.__annotations__:
+        if getattr(model, name) != getattr(was, name):
+            raise ValueError(f"model.{name} is {getattr(model, name)!r}, but {folder} has {getattr(was, name)!r}")
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -355,8 +362,8 @@ class CarveTrainer(Trainer):
         """The error to raise where numbers have run away."""
         last = get_last_checkpoint(self.args.output_dir)
         return FloatingPointError(
-            f"training diverged at step {self.state.global_step}: {seen}; train anew with a learning_rate below "
-            f"{self.args.learning_rate:g} (resumed, it would go the same way); "
+            f"training diverged at step {self.state.global_step}: {seen}; train anew, in another folder, with "
+            f"a learning_rate below {self.args.learning_rate:g} (resumed, it would go the same way); "
             + (f"the last checkpoint is {last}" if last else "there is no checkpoint")
         )
 

@@ -270,6 +270,23 @@ def test_a_resumed_run_must_be_the_same(whole, config_file, tmp_path):
         train(TrainConfig.load(config_file, {"out": str(whole), "validation": str(config_file)}), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"intermediate_size": 24}}, "model.intermediate_size is 24, but .*checkpoint-4 has 16"),
+        ({"steps": 3}, "steps is 3, but the run in .* has made 4: expected more"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(change, message, whole, tmp_path):
+    """The configuration was changed by hand since."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoint-6")
+    TrainConfig.load(out / "config.yaml", change | {"out": str(out)}).save(out / "config.yaml")
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig.load(out / "config.yaml"), resume=True)
+
+
 def test_errors_leave_the_folder_as_good_as_new(config_file, tmp_path):
     out = tmp_path / "run"
     (tmp_path / "bad.txt").write_bytes(b"\xff")
