@@ -337,6 +337,10 @@ def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
     assert "neither 'bytes' nor one that loads" in refused(capsys, monkeypatch, unknown, "--text", texts, "--out", out)
     assert "minutes is 0.0" in refused(capsys, monkeypatch, file, "--text", texts, "--minutes", 0)
     assert "no comparison.json" in refused(capsys, monkeypatch, file, "--out", tmp_path / "new", "--report")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    found = refused(capsys, monkeypatch, file, "--text", texts, "--out", tmp_path / "run")
+    assert "run holds config.yaml but no comparison.json: expected a new folder" in found
     assert not (out / "runs").exists()
 
 
