@@ -79,6 +79,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         text = getattr(config, name)
         if text is not None and not text.startswith(HUB):
             find_files(text, name)
+            if out.absolute().is_relative_to(Path(text).absolute()):
+                raise ValueError(f"out is {out}, within {name} = {text!r}: expected a folder that is not read as text")
     tokenizer = load_tokenizer(config.tokenizer)
     with alone(out) if args.process_index == 0 else nullcontext():
         if args.process_index == 0:

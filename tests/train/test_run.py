@@ -295,6 +295,8 @@ def test_errors_leave_the_folder_as_good_as_new(config_file, tmp_path):
     with pytest.raises(ValueError, match="validation is 'nowhere': no such file or folder"):
         train(TrainConfig.load(config_file, {"out": str(out), "validation": "nowhere"}))
     assert not list(out.rglob("ids.bin"))  # nor was the other text tokenised
+    with pytest.raises(ValueError, match=r"out is .*run, within data = '.*': expected a folder that is not read as"):
+        train(TrainConfig.load(config_file, {"out": str(out), "data": str(tmp_path)}))
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"validation is '.*empty\.txt', which holds no text"):
         train(TrainConfig.load(config_file, {"out": str(out), "validation": str(tmp_path / "empty.txt")}))
