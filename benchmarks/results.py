@@ -22,10 +22,12 @@ from matplotlib.patches import Patch
 from carve.compare.plan import Plan, read_plan, validation_loss
 from carve.compare.report import (
     NONE,
+    Interval,
     Outcome,
     by_position,
     contents,
     outcomes_of,
+    over_seeds,
     seeds_cell,
     spread,
     student,
@@ -108,6 +110,14 @@ def pairs_of(name: str, matching: str) -> list[tuple[str, str, list[int]]]:
     return [(x, y, sorted(losses[x] & losses[y])) for x, y in pairs]
 
 
+def interval_cell(interval: Interval | None, digits: int, *more: str) -> str:
+    """A mean and the interval for it, and what more there is to say."""
+    if interval is None:
+        return NONE
+    mean, low, high = (f"{x:+.{digits}f}" for x in interval)
+    return f"{mean} ({', '.join([f'{low} to {high}', *more])})"
+
+
 def differences(name: str, matching: str = "shape") -> list[str]:
     """Differences in loss over the seeds that both have, with intervals; of one seed without."""
     plan, found = comparison(name, matching)
@@ -115,10 +125,9 @@ def differences(name: str, matching: str = "shape") -> list[str]:
     for ours, base, seeds in pairs_of(name, matching):
         cells = []
         for text in ("validation", *plan.tests):
-            mine, other = found[ours].losses(text), found[base].losses(text)
-            interval = student([mine[seed] - other[seed] for seed in seeds])
-            one = f"{mine[seeds[0]] - other[seeds[0]]:+.3f}" if seeds else NONE
-            cells.append(f"{interval[0]:+.3f} ({interval[1]:+.3f} to {interval[2]:+.3f})" if interval else one)
+            one = [x.losses(text)[seeds[0]] for x in (found[ours], found[base])] if len(seeds) == 1 else None
+            interval = over_seeds(found[ours], found[base], text)
+            cells.append(f"{one[0] - one[1]:+.3f}" if one else interval_cell(interval, 3))
         rows.append([f"`{ours}` less `{base}`", *cells, str(len(seeds))])
     return table(["", "validation", *plan.tests, "seeds"], rows)
 
@@ -158,10 +167,10 @@ def layers(name: str) -> list[str]:
 
 
 @cache
-def probes() -> Mapping[str, Mapping[str, Mapping[int, float]]]:
-    """Task, at `SIZE` -> mixer -> seed -> accuracy in %."""
+def probes(folder: str = "probes") -> Mapping[str, Mapping[str, Mapping[int, float]]]:
+    """Task, at `SIZE` -> mixer -> seed -> accuracy in %, of a folder of results."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for record in read_probes(RESULTS / "probes" / "results.jsonl").values():
+    for record in read_probes(RESULTS / folder / "results.jsonl").values():
         configuration = record["configuration"]
         task, mixer, seed = configuration["task"], configuration["mixer"], configuration["seed"]
         if any(task.get(name, size) != size for name, size in SIZE.items()):
@@ -194,9 +203,8 @@ def probe_differences() -> list[str]:
     for mixer in probed():
         if mixer != BLIND:
             pairs = [(probes()[task][mixer], probes()[task][BLIND]) for task in EDITING]
-            found = [student([mine[seed] - other[seed] for seed in mine if seed in other]) for mine, other in pairs]
-            cells = [NONE if x is None else f"{x[0]:+.1f} ({x[1]:+.1f} to {x[2]:+.1f})" for x in found]
-            rows.append([f"`{mixer}`", *cells])
+            gains = [[mine[seed] - other[seed] for seed in mine if seed in other] for mine, other in pairs]
+            rows.append([f"`{mixer}`", *(interval_cell(student(some), 1) for some in gains)])
     return table([f"less `{BLIND}`", *EDITING], rows)
 
 
@@ -243,27 +251,19 @@ def hard_differences(base: str) -> list[str]:
         for case in hard():
             mine, other = (hard()[case][x].accuracies if x in hard()[case] else {} for x in (mixer, base))
             gains = [100 * (mine[seed] - other[seed]) for seed in mine if seed in other]
-            found, few = student(gains), ", 2 seeds" if len(gains) == 2 else ""
-            cells.append(NONE if found is None else f"{found[0]:+.1f} ({found[1]:+.1f} to {found[2]:+.1f}{few})")
+            cells.append(interval_cell(student(gains), 1, *(["2 seeds"] if len(gains) == 2 else [])))
         rows.append([f"`{mixer}`", *cells])
     return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
 
 
 def signals() -> list[str]:
     """Accuracy of each signal of `signals.py` into both gates; of how many of three seeds, if not all."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for record in read_probes(RESULTS / "signals" / "results.jsonl").values():
-        configuration = record["configuration"]
-        of_signal = found.setdefault(configuration["mixer"], {})
-        of_task = of_signal.setdefault(configuration["task"]["name"], {})
-        if configuration["seed"] in of_task:
-            raise ValueError(f"two results of {configuration['mixer']}, one seed: expected one recipe")
-        of_task[configuration["seed"]] = 100 * record["accuracy"]
     tasks = ("write-once", "counters")
+    found = [probes("signals")[task] for task in tasks]
     rows = []
-    for name, some in found.items():
-        scores = [list(some.get(task, {}).values()) for task in tasks]
-        rows.append([name, *(spread(x, 1) + (f" ({len(x)}/3)" if 0 < len(x) < 3 else "") for x in scores)])
+    for name in dict.fromkeys(name for of_task in found for name in of_task):
+        seeds = [list(of_task.get(name, {}).values()) for of_task in found]
+        rows.append([name, *(spread(x, 1) + (f" ({len(x)}/3)" if 0 < len(x) < 3 else "") for x in seeds)])
     return table(["signal, into both gates", *tasks], rows)
 
 
@@ -312,10 +312,8 @@ def draw() -> Figure:
     for i, mixer in enumerate(SHOWN):
         for at, case in enumerate(probed.values()):
             if mixer in hard()[case]:
-                seeds, place = (
-                    [100 * x for x in hard()[case][mixer].accuracies.values()],
-                    at + (i - len(SHOWN) // 2) * 0.09,
-                )
+                seeds = [100 * x for x in hard()[case][mixer].accuracies.values()]
+                place = at + (i - len(SHOWN) // 2) * 0.09
                 right.bar(place, statistics.fmean(seeds), 0.08, color=colours[mixer], alpha=0.6)
                 right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
     right.set_xticks(range(len(probed)), list(probed))

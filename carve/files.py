@@ -32,6 +32,13 @@ def replace_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8", newline="")
 
 
+def check_parent(path: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError unless there is a folder to write the file to."""
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {parent}")
+
+
 def check_json(path: str | os.PathLike[str]) -> None:
     """See, before long work, that a file of JSON can be written there and replaces nothing but another.
 
@@ -39,9 +46,8 @@ def check_json(path: str | os.PathLike[str]) -> None:
         ValueError: what is there is something else.
         OSError: there is no such folder.
     """
+    check_parent(path)
     path = Path(path).absolute()
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {path.parent}")
     if path.exists():
         try:
             json.loads(path.read_bytes())

@@ -1,6 +1,5 @@
 """What each layer and head of a model erases, writes and forgets over a text, as numbers and as a picture."""
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.files import replacing
+from carve.extras import need
+from carve.files import check_parent, replacing
 from carve.mixer import CarveMixer
 from carve.models.checkpoint import load_checkpoint
 from carve.ops import carve_gates
@@ -22,7 +22,6 @@ from carve.ops import carve_gates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NO_MATPLOTLIB = "drawing needs matplotlib: pip install 'carve-attention[eval]'"
 COLUMNS_DRAWN = 512
 """Steps of time that a picture resolves; a longer text is averaged into this many."""
 TOKENS_SPELT = 48
@@ -87,13 +86,10 @@ def inspect_checkpoint(checkpoint: str | os.PathLike[str], text: str, out: str |
     Raises:
         OSError, ValueError, ImportError: as `load_checkpoint`, `trace_gates` and `draw_gates`.
     """
-    parent = Path(out).absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {parent}")
+    check_parent(out)
     if Path(out).is_dir() or Path(out).suffix.lower() != ".png":
         raise ValueError(f"out is {os.fspath(out)}, expected the name of a picture, ending in .png")
-    if importlib.util.find_spec("matplotlib") is None:  # not only when all is done
-        raise ImportError(NO_MATPLOTLIB)
+    need("matplotlib", "drawing")
     trace = trace_gates(*load_checkpoint(checkpoint), text)
     draw_gates(trace, out, title=f"{os.fspath(checkpoint)} over {len(trace.tokens):,} tokens")
     for index, kind in trace.skipped:
@@ -213,12 +209,10 @@ def draw_gates(trace: GateTrace, out: str | os.PathLike[str], *, title: str = ""
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.colors import LogNorm, Normalize
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator
-    except ImportError as error:
-        raise ImportError(NO_MATPLOTLIB) from error
+    need("matplotlib", "drawing")
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     layers, T = trace.layers, len(trace.tokens)
     forgotten = [1 - layer.keep for layer in layers]

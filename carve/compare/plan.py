@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from carve.evals.context import check_context
-from carve.evals.mixers import MIXERS, mixer_fields
+from carve.evals.mixers import DECIDED, mixer_fields
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.models.configuration_carve import ATTENTION
 from carve.names import hint
@@ -257,7 +257,7 @@ def read_plan(file: str | Path, text: str | Path = ".") -> Plan:
     train["model"] = mapping("train: model", train.get("model"))
     check_vocabulary("train", train["model"])
     for name in train["model"]:
-        if any(name in own for own in MIXERS.values()):
+        if name in DECIDED:
             raise ValueError(f"train: model: {name} is what mixers differ in, expected it with one of them")
     tests = {name: place(f"tests: {name}", x, text) for name, x in tests.items()}
     rates, matching = fields["learning_rates"], fields.get("matching", ["shape"])

@@ -1,7 +1,6 @@
 """`carve compare`: trains and measures what a plan asks for, each run once, shared between processes; then reports."""
 
 import gc
-import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from carve.compare.plan import (
     read_plan,
 )
 from carve.compare.report import Results, write_report
+from carve.extras import need
 from carve.files import locked, replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
@@ -67,8 +67,7 @@ def compare(
         ImportError: matplotlib or scipy is not installed.
     """
     for module in ("matplotlib", "scipy"):
-        if importlib.util.find_spec(module) is None:  # not only when all is done
-            raise ImportError(f"the report needs {module}: pip install 'carve-attention[eval]'")
+        need(module, "the report")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes is {minutes}, expected a positive number")
     plan, out = read_plan(file, text), Path(out)

@@ -33,6 +33,9 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 """Name -> fields of `CarveConfig`; `layer_types` is a period, which `mixer_fields` repeats over the layers."""
 
+DECIDED = {field for fields in MIXERS.values() for field in fields}
+"""Fields of `CarveConfig` in which mixers differ."""
+
 
 def mixer_fields(name: str, num_hidden_layers: int) -> dict[str, Any]:
     """The fields of `CarveConfig` that make a model of so many layers use the mixer of that name.

@@ -15,6 +15,7 @@ from carve.names import hint
 
 PRESETS = Path(__file__).parent / "presets"
 DTYPES = ("float32", "bfloat16")
+CONTENT = ("content", "content_norm", "content_erase", "content_write")  # of the model: what its gates see
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model: where not given, they are the tokenizer's
 
 
@@ -108,8 +109,8 @@ class TrainConfig:
             if name not in names:
                 raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, names)}")
         model = CarveConfig(**self.model)  # raises on values that do not fit
-        for name in ("content", "content_norm", "content_erase", "content_write"):
-            if self.model.get("content", "") is not None and name in self.model and not model.sees_content:
+        for name in () if model.content is None or model.sees_content else CONTENT:
+            if name in self.model:
                 raise ValueError(f"model has {name!r}, but no layer of layer_types sees content: expected it left out")
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:

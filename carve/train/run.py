@@ -263,20 +263,25 @@ def check_checkpoint(folder: Path, model: CarveConfig) -> None:
             raise ValueError(f"{folder / pattern} is missing: {remedy}")
         for path in paths:
             with reading(path, remedy):
-                if path.suffix == ".json":
-                    fields = json.loads(path.read_text(encoding="utf-8"))
-                    if path.name == "config.json":
-                        was = CarveConfig.from_dict(fields)
-                elif path.suffix == ".safetensors":
-                    with safe_open(path, "pt"):
-                        pass
-                else:
-                    with ZipFile(path) as file:
-                        if part := file.testzip():
-                            raise ValueError(f"{part} is not as it was written")
+                check_whole(path)
+    with reading(folder / "config.json", remedy):
+        was = CarveConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for name in CarveConfig.__annotations__:
         if getattr(model, name) != getattr(was, name):
             raise ValueError(f"model.{name} is {getattr(model, name)!r}, but {folder} has {getattr(was, name)!r}")
+
+
+def check_whole(path: Path) -> None:
+    """Raise an error, of many kinds, where a file of a checkpoint was cut or is not of its kind."""
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            pass
+    else:
+        with ZipFile(path) as file:
+            if part := file.testzip():
+                raise ValueError(f"{part} is not as it was written")
 
 
 def is_news(record: logging.LogRecord) -> bool:

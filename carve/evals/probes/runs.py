@@ -1,7 +1,6 @@
 """`carve probe`: many small trainings, shared between processes, each run once; a table and a plot of what came out."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 import statistics
@@ -16,11 +15,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from carve.evals.mixers import MIXERS, READ
+from carve.evals.mixers import DECIDED, READ
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.tasks import TASKS, Task, make_task
 from carve.evals.probes.training import MODEL, probe_config, train_probe
+from carve.extras import need
 from carve.files import replacing
 from carve.models import CarveConfig
 from carve.names import hint
@@ -112,7 +112,7 @@ def plan_probes(
     for name in model:
         if name not in known:
             raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, known)}")
-        if any(name in own for own in MIXERS.values()):
+        if name in DECIDED:
             raise ValueError(f"model has {name!r}, which the mixer decides, expected another field, or another mixer")
 
     dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
@@ -202,8 +202,7 @@ def run_probes(
         ValueError, OSError: a results file that is something else, or one that cannot be written.
         ImportError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:  # not only when all is done
-        raise ImportError("the plot needs matplotlib: pip install 'carve-attention[eval]'")
+    need("matplotlib", "the plot")
     out = Path(out)
     results_file = out / "results.jsonl"
     done = read_results(results_file)
