@@ -137,10 +137,9 @@ def run(
     programs: int,
     *numbers: int,
 ) -> None:
-    """Launch a kernel on x, its further tensors and its own numbers, in order; an empty tensor is passed as null."""
+    """Launch a kernel on x and more, all aligned (an empty tensor is passed as null), and its own numbers, in order."""
     (H, K), (HV, V) = x.q.shape[2:], x.v.shape[2:]
     size, constants = variant(name, K, V, split, tile, x.v.dtype, content, rms)
-    x = Inputs(*each(align, x))
     assert all(y is None or y.is_contiguous() for y in (*x, *more))
     pointers = [0 if y is None or not y.numel() else y.data_ptr() for y in (*x, *more)]
     numbers = (*numbers, H, HV, x.g.shape[2], x.e.shape[2], x.rank or 1, x.v.shape[1], chunk_size)
@@ -216,7 +215,7 @@ def run_forward(
     The arguments up to position: see `Inputs`; kind: "blind", "mean" or "read"; top: largest erase gate. What there
     is none of, or was not asked for (`final`, `save`), is returned empty.
     """
-    x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
+    x = Inputs(*each(align, (q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)))
     outputs = allocate(x, kind, chunk_size, final, save)
     tile = forward_tile(q.shape[3], v.shape[3], kind, v.device)
     heads = x.sequences * v.shape[2]
@@ -290,7 +289,7 @@ def run_backward(
     saved: the last four outputs of `forward`; do: contiguous, of v's dtype; d_memory, d_content, d_content_sum:
     gradients of the state behind the last token.
     """
-    x = Inputs(q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)
+    x = Inputs(*each(align, (q, k, v, g, e, w, p_down, p_up, p_write, bounds, position)))
     outputs = allocate_gradients(x, kind, begun)
     (HV, V), K, chunks = v.shape[2:], q.shape[3], slots(x, chunk_size)
     d_states = allocate_states(x, chunk_size)
