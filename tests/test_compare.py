@@ -232,10 +232,12 @@ def test_the_comparisons_that_come_with_the_package(tmp_path):
     plans = {
         path.stem: read_plan(path) for path in [*(ROOT / "benchmarks" / "compare").glob("*.yaml"), *tmp_path.iterdir()]
     }
-    assert sorted(plans) == ["ablations", "language", "page", "small", "toy"]
+    languages = ["language", "language_parameters", "language_rates"]
+    assert sorted(plans) == ["ablations", *languages, "page", "small", "toy"]
     for plan in plans.values():
         assert plan.with_facts(facts()).left({})
     assert plans["small"].common == plans["ablations"].common  # the same but for the mixers
+    assert all(plans[name].common == plans["language"].common for name in languages)
     toy = plans["toy"]  # runs from a fresh clone
     assert all((ROOT / path).is_file() for path in (toy.train["data"], toy.train["validation"], *toy.tests.values()))
 
@@ -326,6 +328,10 @@ def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
     (tmp_path / "test.jsonl").write_text("")
     assert "test is" in (errors := refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out))
     assert "which is empty" in errors
+    (tmp_path / "test.jsonl").write_text('{"text": ""}\n')
+    errors = refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out)
+    assert "test is" in errors
+    assert "which holds no text" in errors
     (tmp_path / "test.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "valid.jsonl").write_text('{"text": "too short"}\n')
     assert "expected at least 32" in refused(capsys, monkeypatch, file, "--text", tmp_path, "--out", out)

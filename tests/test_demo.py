@@ -8,7 +8,8 @@ import pytest
 
 from carve import demo
 from carve.models.checkpoint import load_checkpoint
-from carve.train.run import Interrupted, Metrics
+from carve.train.run import Interrupted
+from carve.train.trainer import Metrics
 
 TINY = {
     "train_bytes": 40_000,

@@ -126,10 +126,10 @@ def read_texts(plan: Plan, out: Path) -> tuple[Plan, dict[str, Tokens]]:
     """
     tokenizer = load_tokenizer(plan.train.get("tokenizer", "bytes"))
     paths = text_paths(plan)
-    prints = {name: fingerprint(path, tokenizer) for name, path in paths.items()}
+    prints = {name: fingerprint(path, tokenizer, name) for name, path in paths.items()}
     plan = plan.with_facts({"vocab_size": len(tokenizer), "fingerprints": prints})
     check_folder(plan, out)
-    texts = {name: tokenise(path, tokenizer, out / "tokens") for name, path in paths.items()}
+    texts = {name: tokenise(path, tokenizer, out / "tokens", name) for name, path in paths.items()}
     for name, tokens in texts.items():
         wanted = plan.train.get("seq_len", TrainConfig.seq_len) if name in ("data", "validation") else 2
         if len(tokens.ids) < wanted:

@@ -1,4 +1,4 @@
-"""Training: text -> tokens on disk (`data`) -> transformers' Trainer (`run`), as `config` says."""
+"""Training: text -> tokens on disk (`data`) -> transformers' Trainer (`run`, `trainer`) -> checkpoints (`folder`)."""
 
 from typing import TYPE_CHECKING, Any
 

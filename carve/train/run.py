@@ -1,40 +1,27 @@
-"""A training run: transformers' Trainer, with checkpoints that are whole or absent, and progress that one can read."""
+"""A training run, from a configuration to its last checkpoint."""
 
 import json
 import logging
 import math
-import os
 import shutil
-import signal
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
-from zipfile import ZipFile
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 
-from carve.files import locked, replace_text
-from carve.mixer import CarveMixer
+from carve.files import replace_text
 from carve.models import CarveConfig, CarveForCausalLM
-from carve.train.config import SPECIAL, TrainConfig, settled
-from carve.train.data import HUB, collate, find_files, reading, split_rows, tokenise
+from carve.train.config import SPECIAL, TrainConfig
+from carve.train.data import HUB, collate, find_files, split_rows, tokenise
+from carve.train.folder import PARTIAL, alone, check_checkpoint, check_data, check_folder
 from carve.train.tokenizer import load_tokenizer
-
-PARTIAL = "partial"  # where a checkpoint is written until it is whole
-LOCK = "lock"  # held by the process that trains
-PLACES = ("data", "tokenizer", "out", "cache")  # fields of `TrainConfig`; what lies there may be moved
-RHYTHM = ("eval_every", "save_every", "log_every", "keep")  # and these change nothing of the weights
+from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal
 
 
 class Interrupted(KeyboardInterrupt):
@@ -167,19 +154,6 @@ def _train(
     return Path(last)
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Within `with`: no other process of this machine trains in the folder. One that is killed is in no one's way.
-
-    Raises:
-        ValueError: another does.
-    """
-    with locked(out / LOCK) as mine:
-        if not mine:
-            raise ValueError(f"out is {out}, in which another process trains: expected its end, or another folder")
-        yield
-
-
 def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
     """Run the blocks and the loss without logits through `torch.compile`; weights and their names stay as they are.
 
@@ -201,87 +175,6 @@ def check_content(seq_len: int, model: CarveConfig) -> None:
             f"chunk_size + 2 = {model.chunk_size + 2}",
             stacklevel=4,
         )
-
-
-def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
-    """See that the run's folder is new, or that what it holds is a run with this configuration.
-
-    Texts and tokenizer may lie elsewhere now: `check_data` sees that they are the same.
-
-    Raises:
-        ValueError: the folder is in use, there is nothing to resume, or a field differs; the message names it.
-    """
-    saved = out / "config.yaml"
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(path.name not in ("data", LOCK) for path in out.iterdir())):
-            how = f": carve train --resume {out} goes on with it" if saved.exists() else ""
-            raise ValueError(f"out is {out}, which is not empty{how}; expected a new folder")
-        return
-    if not saved.is_file():
-        raise ValueError(f"{out} holds no config.yaml: expected the folder of a training run")
-    fields, before = (settled(vars(each)) for each in (config, TrainConfig.load(saved)))
-    for where, now, was in (("", fields, before), ("model.", fields.pop("model"), before.pop("model"))):
-        for name in was | now:
-            free = name in PLACES + RHYTHM or (name == "validation" and None not in (was[name], now[name]))
-            same = (name in now) == (name in was) and now.get(name) == was.get(name)
-            if not same and not free:
-                mine, its = (repr(each[name]) if name in each else "the tokenizer's" for each in (now, was))
-                raise ValueError(f"{where}{name} is {mine}, but the run in {out} has {its}: it cannot go on")
-
-
-def check_data(out: Path, fingerprints: dict[str, str]) -> None:
-    """See that the text is still that of the run.
-
-    Raises:
-        ValueError: the text or the tokenizer has changed since the run began; the message names the field.
-    """
-    path = out / "data.json"
-    with reading(path, "put it back, or train anew in another folder"):
-        before = {name: json.loads(path.read_text(encoding="utf-8"))[name] for name in fingerprints}
-    for name, was in before.items():
-        if fingerprints[name] != was:
-            raise ValueError(f"{name} has changed, in text or tokenizer, since the run in {out} began: it cannot go on")
-
-
-def check_checkpoint(folder: Path, model: CarveConfig) -> None:
-    """See that a run can go on from a checkpoint.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the checkpoint is of another model; the message names it.
-    """
-    remedy = f"put it back, or remove {folder} to go on from the checkpoint before it, or from the start"
-    for pattern in (
-        "config.json",
-        "model*.safetensors",
-        "trainer_state.json",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng*.pth",
-    ):
-        paths = list(folder.glob(pattern))
-        if not paths:
-            raise ValueError(f"{folder / pattern} is missing: {remedy}")
-        for path in paths:
-            with reading(path, remedy):
-                check_whole(path)
-    with reading(folder / "config.json", remedy):
-        was = CarveConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    for name in CarveConfig.__annotations__:
-        if getattr(model, name) != getattr(was, name):
-            raise ValueError(f"model.{name} is {getattr(model, name)!r}, but {folder} has {getattr(was, name)!r}")
-
-
-def check_whole(path: Path) -> None:
-    """Raise an error, of many kinds, where a file of a checkpoint was cut or is not of its kind."""
-    if path.suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
-    elif path.suffix == ".safetensors":
-        with safe_open(path, "pt"):
-            pass
-    else:
-        with ZipFile(path) as file:
-            if part := file.testzip():
-                raise ValueError(f"{part} is not as it was written")
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -333,211 +226,3 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         )
     args.gradient_accumulation_steps = config.batch_tokens // tokens
     return args
-
-
-class CarveTrainer(Trainer):
-    """Trainer, but for groups of parameters, bits per byte, and checkpoints that are whole or absent."""
-
-    bits_a_byte: float  # times nats a token
-    content_lr: float  # times the learning rate, for the content projections
-    _writing = False
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        kept = {name for name, parameter in model.named_parameters() if getattr(parameter, "_no_weight_decay", False)}
-        return [name for name in super().get_decay_parameter_names(model) if name not in kept]
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        mixers = [module for module in self.model.modules() if isinstance(module, CarveMixer)]  # type: ignore[union-attr]
-        content = {p for mixer in mixers for p in (mixer.p_down, mixer.p_up, mixer.p_write) if p is not None}
-        if content and self.content_lr != 1:
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if p in content]
-                if own:
-                    group["params"] = [p for p in group["params"] if p not in content]
-                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
-        return optimizer
-
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
-        try:
-            return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
-        except FloatingPointError as error:  # of the op, on a CPU
-            raise self.diverged(str(error)) from error
-
-    def diverged(self, seen: str) -> FloatingPointError:
-        """The error to raise where numbers have run away."""
-        last = get_last_checkpoint(self.args.output_dir)
-        return FloatingPointError(
-            f"training diverged at step {self.state.global_step}: {seen}; train anew, in another folder, with "
-            f"a learning_rate below {self.args.learning_rate:g} (resumed, it would go the same way); "
-            + (f"the last checkpoint is {last}" if last else "there is no checkpoint")
-        )
-
-    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
-        """As Trainer does, which puts the number on the device to add it up, and waits for all that runs there."""
-        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(logs.get(name, 0)):
-                raise self.diverged(f"{name} is {logs[name]}, expected a finite number")
-        if "eval_loss" in logs:
-            logs["eval_bits_per_byte"] = logs["eval_loss"] * self.bits_a_byte
-        super().log(logs, start_time)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        out = super()._get_output_dir(trial)
-        return os.path.join(out, PARTIAL) if self._writing else out
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # no checkpoint of use
-            raise self.diverged("weights are not finite")
-        out = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        self._writing = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(out / PARTIAL / name, out / name)
-                rotate_checkpoints(str(out), self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk shows as any of the three
-            shutil.rmtree(out / PARTIAL, ignore_errors=True)
-            last = get_last_checkpoint(out)
-            left = f"the last whole one is {last}" if last else "there is none before it"
-            raise OSError(f"{name} could not be written ({' '.join(str(error).split())}); {left}") from error
-        finally:
-            self._writing = False
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a folder its final name once all that is in it lies on the disk."""
-    for path in (*partial.rglob("*"), partial):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if final.exists():  # the same step, from before an interruption
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    shutil.rmtree(partial.parent, ignore_errors=True)
-
-
-class StopOnSignal(TrainerCallback):
-    """Within `with`: the first SIGINT or SIGTERM saves after the current step and stops; a second one stops at once."""
-
-    number: int | None = None
-
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        Console(stderr=True).print("stopping after this step, with a checkpoint (once more to stop at once)")
-        self.__exit__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        if args.world_size > 1:  # all stop at one step: saving waits for every process
-            received = torch.tensor(self.number or 0, device=args.device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.number = int(received) or None
-        if self.number is not None:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-class Rhythm(TrainerCallback):
-    """Logs, evaluates and saves as often as is said now, not when a checkpoint was written; logs the last step too."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        control.should_log |= state.global_step == state.max_steps
-        return control
-
-
-class Metrics(TrainerCallback):
-    """metrics.jsonl: a line for what the trainer logs; lines behind the checkpoint that a run goes on from are cut."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / "metrics.jsonl"
-        self.last: tuple[float, int] | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.last = (time.monotonic(), state.num_input_tokens_seen)
-        if state.is_world_process_zero and self.path.exists():
-            with reading(self.path, "put it back, or remove it and do without what it says"):
-                lines = self.path.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            replace_text(self.path, "".join(f"{line}\n" for line in kept))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        line = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
-        if "loss" in logs and self.last is not None:
-            (then, tokens), self.last = self.last, (time.monotonic(), state.num_input_tokens_seen)
-            speed = (self.last[1] - tokens) / (self.last[0] - then)
-            line |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            line |= {"tokens_per_second": round(speed, 1)}
-        elif "eval_loss" in logs:
-            line |= {key: logs[key] for key in ("eval_loss", "eval_bits_per_byte")}
-        else:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-class ShowProgress(TrainerCallback):
-    """A bar with loss, speed and time left; where there is no terminal, a line at each log."""
-
-    def __init__(self, shown: bool) -> None:
-        self.console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (shown and self.console.is_terminal),
-        )
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.begin, self.first = time.monotonic(), state.num_input_tokens_seen
-        self.loss = ""
-        if state.is_world_process_zero:
-            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar.update(
-                self.task, completed=state.global_step, text=f"{self.loss}{self.speed(state):,.0f} tokens/s"
-            )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or logs is None:
-            return
-        if "loss" in logs:
-            self.loss = f"loss {logs['loss']:.3f}  "
-            if not self.console.is_terminal:
-                self.console.print(
-                    f"step {state.global_step}/{state.max_steps}  {self.loss}{self.speed(state):,.0f} tokens/s"
-                )
-        if "eval_loss" in logs:
-            self.bar.console.print(
-                f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}, "
-                f"{logs['eval_bits_per_byte']:.4f} bits per byte"
-            )
-
-    def speed(self, state: Any) -> float:
-        """Tokens a second since training began or was taken up again."""
-        return (state.num_input_tokens_seen - self.first) / (time.monotonic() - self.begin)

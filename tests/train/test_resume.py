@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-import carve.train.run as run
+import carve.train.trainer as trainer
 from carve.train import TrainConfig, train
 
 ROWS = 12  # 11 to train on, 2 at a time: an epoch is 3 steps of 4, 4 and 2 sequences
@@ -72,13 +72,13 @@ def test_tokens_are_counted_where_an_epoch_ends(whole):
 
 @pytest.mark.parametrize(("micro_batch", "sizes"), [(4, {4}), (16, {11})])
 def test_batches_are_of_one_size_and_not_padded(micro_batch, sizes, config_file, tmp_path, monkeypatch):
-    seen, step = [], run.CarveTrainer.training_step
+    seen, step = [], trainer.CarveTrainer.training_step
 
     def look(self, model, inputs, *rest):
         seen.append(inputs)
         return step(self, model, inputs, *rest)
 
-    monkeypatch.setattr(run.CarveTrainer, "training_step", look)
+    monkeypatch.setattr(trainer.CarveTrainer, "training_step", look)
     fields = {"out": str(tmp_path / "run"), "micro_batch": micro_batch, "batch_tokens": 32 * micro_batch, "steps": 4}
     train(TrainConfig.load(config_file, fields))
     assert {len(inputs["input_ids"]) for inputs in seen} == sizes
@@ -162,8 +162,8 @@ def test_a_failure_gives_the_terminal_back(config_file, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     screen = io.StringIO()
-    monkeypatch.setattr(run, "Console", lambda **_: Console(file=screen, force_terminal=True))
-    monkeypatch.setattr(run.CarveTrainer, "_save_rng_state", full)
+    monkeypatch.setattr(trainer, "Console", lambda **_: Console(file=screen, force_terminal=True))
+    monkeypatch.setattr(trainer.CarveTrainer, "_save_rng_state", full)
     with pytest.raises(OSError, match="No space left"):
         train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
     hidden, shown = screen.getvalue().count("\x1b[?25l"), screen.getvalue().count("\x1b[?25h")

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
-from carve.train.run import CarveTrainer, Interrupted, alone, check_content, compile_blocks
+from carve.train.folder import alone
+from carve.train.run import Interrupted, check_content, compile_blocks
+from carve.train.trainer import CarveTrainer
 
 FIELDS = {
     "seq_len": 32,
@@ -49,6 +51,7 @@ FIELDS = {
 VICTIM = """
 import os, signal, sys
 import carve.train.run as run
+import carve.train.trainer as trainer
 from carve.train import TrainConfig, train
 
 out, data, moment, resume = sys.argv[1:]
@@ -63,8 +66,8 @@ elif moment == "writing":
     save = run.CarveTrainer._save_scaler
     run.CarveTrainer._save_scaler = lambda self, path: die() if path.endswith("-4") else save(self, path)
 elif moment == "publishing":
-    publish = run.publish
-    run.publish = lambda partial, final: die() if final.name == "checkpoint-4" else publish(partial, final)
+    publish = trainer.publish
+    trainer.publish = lambda partial, final: die() if final.name == "checkpoint-4" else publish(partial, final)
 elif moment in ("SIGINT", "SIGTERM"):
     class Ask(run.ShowProgress):
         def on_step_begin(self, args, state, control, **_):
