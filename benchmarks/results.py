@@ -57,32 +57,38 @@ SHOWN += ["gdn2", "kda", "gdn"]
 # -- language modelling --
 
 
+def folder(name: str) -> Path:
+    """Where the results of a comparison are: `language_rates` and the like share that of `language`."""
+    return RESULTS / "compare" / name.partition("_")[0]
+
+
 @cache
 def comparison(name: str, matching: str = "shape") -> tuple[Plan, dict[str, Outcome]]:
     """The plan and the outcomes of a comparison in `benchmarks/compare`, of models of equal shape or parameters."""
-    out = RESULTS / "compare" / name
+    out = folder(name)
     facts = json.loads((out / FACTS).read_text(encoding="utf-8"))["texts"]
     plan = read_plan(ROOT / "benchmarks" / "compare" / f"{name}.yaml").with_facts(facts)
     return plan, {x.label: x for x in outcomes_of(plan, read_comparison(out), read_speed(out))[matching]}
 
 
-def perplexities(name: str) -> list[str]:
+def perplexities(name: str, matching: str = "shape") -> list[str]:
     """Perplexity of each mixer, and what it costs."""
-    plan, found = comparison(name)
+    plan, found = comparison(name, matching)
     texts = ["validation", *plan.tests]
+    timed = any(x.speed for x in found.values())
     rows = []
     for x in found.values():
         count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
         cells = [spread([math.exp(y) for y in x.losses(text).values()], 1) for text in texts]
         speed = NONE if x.speed is None else f"{statistics.median(x.speed['tokens_per_second']) / 1e3:,.0f}"
-        rows.append([f"`{x.label}`", *cells, f"{count / 1e6:.2f}", speed, seeds_cell(x)])
-    return table(["mixer", *texts, "parameters, M", "1,000 tokens/s", "seeds"], rows)
+        rows.append([f"`{x.label}`", *cells, f"{count / 1e6:.2f}", *[speed] * timed, seeds_cell(x)])
+    return table(["mixer", *texts, "parameters, M", *["1,000 tokens/s"] * timed, "seeds"], rows)
 
 
-def sweep(name: str) -> list[str]:
+def sweep(name: str, matching: str = "shape") -> list[str]:
     """Validation loss of seed 0 at each learning rate."""
-    plan, _ = comparison(name)
-    found = read_comparison(RESULTS / "compare" / name)
+    plan, _ = comparison(name, matching)
+    found = read_comparison(folder(name))
     losses = {label: [validation_loss(found[run.key]) for run in plan.sweep(label)] for label in plan.mixers}
     rows = [[f"`{label}`", *(f"{loss:.3f}" for loss in some)] for label, some in losses.items()]
     return table(["mixer", *(f"{rate:g}" for rate in plan.learning_rates)], rows)
@@ -138,9 +144,9 @@ def positions(name: str, text: str) -> list[str]:
     return by_position(list(found.values()), found.get(plan.baseline), text)
 
 
-def content_terms(name: str) -> list[str]:
+def content_terms(name: str, matching: str = "shape") -> list[str]:
     """What the content term does in the trained models, on validation."""
-    return contents(list(comparison(name)[1].values()))
+    return contents(list(comparison(name, matching)[1].values()))
 
 
 def layers(name: str) -> list[str]:
@@ -283,6 +289,10 @@ BLOCKS = {
     "language: positions": lambda: positions("language", "test"),
     "language: content": lambda: content_terms("language"),
     "language: layers": lambda: layers("language"),
+    "language: rates": lambda: sweep("language_rates", "parameters"),
+    "language: equal parameters": lambda: perplexities("language_parameters", "parameters"),
+    "language: equal parameters, differences": lambda: differences("language_parameters", "parameters"),
+    "language: equal parameters, content": lambda: content_terms("language_parameters", "parameters"),
     "probes": accuracies,
     "probes: differences": probe_differences,
     "hard": hard_accuracies,
