@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -262,6 +263,20 @@ def hard_differences(base: str) -> list[str]:
     return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
 
 
+def one_head() -> list[str]:
+    """Accuracy on `write-once` with 16 pairs in one head of 32, at each learning rate."""
+    there = read_probes(RESULTS / "probes" / "one_head" / "results.jsonl")
+    sizes: dict[str, Any] = {"pairs": [16], "steps": 2600, "model": {"num_heads": 1, "head_dim": 32}, "device": "cuda"}
+    rates = (1e-3, 3e-3)
+    found = []
+    for rate in rates:
+        runs = plan_probes(["write-once"], list(MIXERS), learning_rates=[rate], **sizes)
+        found.append({x.run.mixer: cell(x) for x in summarise(runs, there)})
+    shown = [mixer for mixer in MIXERS if any(mixer in some for some in found)]
+    rows = [[f"`{mixer}`", *(some.get(mixer, NONE) for some in found)] for mixer in shown]
+    return table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
+
+
 def signals() -> list[str]:
     """Accuracy of each signal of `signals.py` into both gates; of how many of three seeds, if not all."""
     tasks = ("write-once", "counters")
@@ -298,6 +313,7 @@ BLOCKS = {
     "hard": hard_accuracies,
     "hard: less carve-blind": lambda: hard_differences(BLIND),
     "hard: less gdn2": lambda: hard_differences("gdn2"),
+    "one head": one_head,
     "signals": signals,
 }
 
