@@ -220,6 +220,11 @@ def test_the_best_rate_of_each_mixer_is_used_for_all_its_seeds(tmp_path):
     assert {label: plan.best_rate(label, results) for label in mixers} == best
     left = [(run.label, run.train["learning_rate"], run.train["seed"]) for run in plan.wanted(results)]
     assert left == [("carve-read", 1e-2, 0), ("carve-read", 1e-2, 1), ("carve-read", 1e-2, 1)]
+    assert [run.described for run in plan.wanted(results)] == [
+        "carve-read at equal parameters, learning rate 0.01, seed 0",
+        "carve-read, learning rate 0.01, seed 1",
+        "carve-read at equal parameters, learning rate 0.01, seed 1",
+    ]
     assert plan.left(results) == 3
     run = plan.sweep("gdn2")[2]
     results[run.key] = {"texts": {}, "diverged": "..."}

@@ -34,11 +34,13 @@ class Run:
 
     Attributes:
         label: of the mixer, as in the YAML file.
+        matching: "shape" or "parameters"; what is the same in both is of the first.
         train: fields of `TrainConfig`, the texts and folders left out.
         configuration: all that decides the result, as plain data.
     """
 
     label: str
+    matching: str
     train: dict[str, Any]
     configuration: dict[str, Any]
 
@@ -49,7 +51,8 @@ class Run:
 
     @property
     def described(self) -> str:
-        return f"{self.label}, learning rate {self.train['learning_rate']:g}, seed {self.train['seed']}"
+        matched = " at equal parameters" if self.matching == "parameters" else ""
+        return f"{self.label}{matched}, learning rate {self.train['learning_rate']:g}, seed {self.train['seed']}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Plan:
         train |= {"model": model, "learning_rate": learning_rate, "seed": seed}
         whole = {**DEFAULTS, **train, "model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
         whole.pop("log_every")
-        return Run(label, train, {"train": whole, "texts": self.facts})
+        return Run(label, matching, train, {"train": whole, "texts": self.facts})
 
     def sweep(self, label: str) -> list[Run]:
         """One run for each learning rate; they are of the first matching, and choose the rate for all."""
