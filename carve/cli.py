@@ -224,6 +224,7 @@ def needle(
     ] = "s-niah-1,s-niah-2,s-niah-3,mk-niah-1,mk-niah-2,mk-niah-3,mv-niah,mq-niah",
     length: Annotated[str, typer.Option(help="Tokens of context, separated by commas.")] = "1024,2048,4096,8192",
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Samples answered at once.")] = 16,
     haystack: Annotated[
         Path | None,
         typer.Option(help=r"Text to hide needles in: .txt, .txt.gz or .md, or a folder.  \[default: noise]"),
@@ -235,7 +236,8 @@ def needle(
 
     _quiet()
     lengths = _numbers("length", length, int)
-    if not run_needles(checkpoint, _names(task), lengths, output, samples=samples, haystack=haystack, seed=seed):
+    how: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "haystack": haystack, "seed": seed}
+    if not run_needles(checkpoint, _names(task), lengths, output, **how):
         print("stopped; the same command goes on with what is left", file=sys.stderr)
         raise typer.Exit(130)
 

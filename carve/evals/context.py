@@ -1,6 +1,11 @@
-"""How many tokens a model can read in a row."""
+"""What a model reads: how many tokens in a row, and rows of different lengths as a batch."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def longest_context(config: Any) -> int | None:
@@ -16,3 +21,11 @@ def check_context(config: Any, tokens: int) -> None:
         raise ValueError(f"sequences of {tokens} tokens, but the model has max_position_embeddings = {longest}")
     if set(getattr(config, "layer_types", None) or ()) == {"sliding_attention"} and tokens > config.sliding_window:
         raise ValueError(f"sequences of {tokens} tokens, but all layers see a window of {config.sliding_window} only")
+
+
+def pad_rows(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as `[B, T]` int64, and the mask `[B, T]` int64 that is 0 at the padding, `"left"` or `"right"`."""
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    both = (pad_sequence(some, True, padding_side=side) for some in (tokens, [torch.ones_like(row) for row in tokens]))
+    padded, mask = (x.to(device) for x in both)
+    return padded, mask

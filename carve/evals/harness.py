@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from carve.evals.context import check_context, longest_context
+from carve.evals.context import check_context, longest_context, pad_rows
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.models.modeling_carve import CarveForCausalLM
@@ -150,7 +150,7 @@ class CarveLM(TemplateLM):
         contexts = sorted(by_context, key=len, reverse=True)  # what needs most memory comes first
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
             for batch in _batches(contexts, self.batch_size):
-                tokens, mask = self._pad(batch, left=True)
+                tokens, mask = pad_rows(batch, "left", self._device)
                 with torch.inference_mode():
                     read = self.model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
                 rows = [(row, i) for row, context in enumerate(batch) for i in by_context[context]]
@@ -175,7 +175,7 @@ class CarveLM(TemplateLM):
             mask: `[B, T]`, of the contexts.
             origin: `[M]` int64, the context of each continuation.
         """
-        targets, real = self._pad(continuations, left=False)  # [M, S]
+        targets, real = pad_rows(continuations, "right", self._device)  # [M, S]
         logits = read.logits[origin]  # [M, 1, vocab]
         if targets.shape[1] > 1:
             cache = read.past_key_values.copy()
@@ -235,7 +235,7 @@ class CarveLM(TemplateLM):
                 until, new_tokens = arguments.pop("until"), arguments.pop("max_gen_toks")
                 if not arguments["do_sample"]:
                     arguments.pop("temperature", None)
-                tokens, mask = self._pad([self._prompt(context) for context, _ in batch], left=True)
+                tokens, mask = pad_rows([self._prompt(context) for context, _ in batch], "left", self._device)
                 written = self.model.generate(
                     tokens,
                     attention_mask=mask,
@@ -254,14 +254,6 @@ class CarveLM(TemplateLM):
 
     def _prompt(self, context: str) -> list[int]:
         return self.tok_encode(context) or [self.prefix_token_id]
-
-    def _pad(self, rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """Rows of tokens as `[B, T]` int64, and the mask `[B, T]` that is 0 at the padding."""
-        side = "left" if left else "right"
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side)
-        real = [torch.ones(len(row), dtype=torch.int64) for row in rows]
-        mask = torch.nn.utils.rnn.pad_sequence(real, True, padding_side=side)
-        return tokens.to(self._device), mask.to(self._device)
 
 
 def _choose(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from carve import CarveConfig, CarveForCausalLM
+from carve.evals.context import pad_rows
 from carve.evals.probes import needle as module
 from carve.evals.probes.needle import (
     NEEDLE_TASKS,
@@ -208,15 +209,20 @@ class Oracle:
     def train(self, mode: bool) -> None:
         self.training = mode
 
-    def generate(self, row: torch.Tensor, **how) -> torch.Tensor:
+    def generate(self, tokens: torch.Tensor, attention_mask: torch.Tensor, **how) -> torch.Tensor:
         assert not self.training
         assert how["max_new_tokens"] == NEW_TOKENS
         assert not how["do_sample"]
-        prompt = self.tokenizer.decode(row[0])
-        question = prompt.rsplit("\n", 1)[1]
-        found = [value for _, key, value in NEEDLE.findall(prompt) if key in question]
-        said = " " + ", ".join(found[: len(found) // self.share])
-        return torch.cat([row, torch.tensor([self.tokenizer(said, add_special_tokens=False)["input_ids"]])], dim=1)
+        said = []
+        for row, mask in zip(tokens, attention_mask, strict=True):
+            prompt = self.tokenizer.decode(row[mask.bool()])
+            question = prompt.rsplit("\n", 1)[1]
+            found = [value for _, key, value in NEEDLE.findall(prompt) if key in question]
+            text = " " + ", ".join(found[: len(found) // self.share])
+            said.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        answers, real = pad_rows(said, "right", self.device)
+        (blank,) = self.tokenizer(" ", add_special_tokens=False)["input_ids"]
+        return torch.cat([tokens, answers.where(real.bool(), blank)], dim=1)
 
 
 @every
@@ -224,7 +230,12 @@ def test_a_model_that_knows_gets_all_and_one_that_knows_half_gets_half(
     name: str, tokenizer_with_bos: PreTrainedTokenizerBase
 ) -> None:
     task, model, seen = needle_task(name), Oracle(tokenizer_with_bos, 1), []
-    how = {"samples": 3, "sentences": SENTENCES, "on_sample": lambda done, mean: seen.append((done, mean))}
+    how = {
+        "samples": 3,
+        "batch_size": 2,
+        "sentences": SENTENCES,
+        "on_sample": lambda done, mean: seen.append((done, mean)),
+    }
     score, records = score_needle(name, model, tokenizer_with_bos, 2048, **how)
     assert score == 1
     assert seen == [(1, 1), (2, 1), (3, 1)]
@@ -247,6 +258,18 @@ def test_what_a_model_says_is_its_greedy_continuation(
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert record["said"] == tokenizer_with_bos.decode(ids[start:], skip_special_tokens=True)
     assert score == string_match(record["said"], sample.answers)
+
+
+def test_samples_are_answered_together_as_one_by_one(
+    model: PreTrainedModel, tokenizer_with_bos: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NEW_TOKENS", 8)
+    how = {"samples": 5, "sentences": SENTENCES}
+    one = score_needle("s-niah-3", model, tokenizer_with_bos, 700, batch_size=1, **how)
+    assert len({record["tokens"] for record in one[1]}) > 1  # so that there is padding
+    assert score_needle("s-niah-3", model, tokenizer_with_bos, 700, batch_size=3, **how) == one
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        score_needle("s-niah-3", model, tokenizer_with_bos, 700, batch_size=0, **how)
 
 
 def test_a_context_longer_than_the_model_takes_is_refused(
@@ -325,6 +348,7 @@ def test_a_checkpoint_is_measured_and_goes_on_where_it_stopped(
         (["s-niah-1"], [900], {}, "max_position_embeddings = 800"),
         (["s-niah-1"], [300], {}, "length is 300 tokens, expected at least"),
         (["s-niah-1"], [700], {"samples": 0}, "samples is 0"),
+        (["s-niah-1"], [700], {"batch_size": 0}, "batch_size is 0"),
         (["s-niah-1"], [700], {"haystack": "nowhere"}, "haystack: no such file or folder: nowhere"),
         ([], [700], {}, "tasks is empty"),
         (["s-niah-1"], [], {}, "lengths is empty"),

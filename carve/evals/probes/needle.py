@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.evals.context import check_context
+from carve.evals.context import check_context, pad_rows
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
@@ -265,6 +265,13 @@ def string_match(prediction: str, answers: Sequence[str]) -> float:
     return sum(answer.lower() in prediction for answer in answers) / len(answers)
 
 
+def check_counts(samples: int, batch_size: int) -> None:
+    """Raise ValueError unless there is something to answer."""
+    for name, number in (("samples", samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, expected at least 1")
+
+
 def score_needle(
     name: str,
     model: PreTrainedModel,
@@ -272,15 +279,17 @@ def score_needle(
     length: int,
     *,
     samples: int = 100,
+    batch_size: int = 16,
     seed: int = 0,
     sentences: list[str] | None = None,
     on_sample: Callable[[int, float], None] | None = None,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Let a model answer, greedily, one sample after the other.
+    """Let a model answer, greedily.
 
     Args:
         model: any causal language model of transformers.
         length: tokens of context: of the prompt, and `NEW_TOKENS` of answer.
+        batch_size: samples answered at once, padded on the left.
         on_sample: called with the number of samples so far and their mean score.
 
     Returns:
@@ -289,31 +298,33 @@ def score_needle(
     Raises:
         ValueError: no such task, a number out of range, or a context longer than the model takes.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}, expected at least 1")
+    check_counts(samples, batch_size)
     needle_task(name)
     check_context(model.config, length)
+    end = tokenizer.eos_token_id
     records: list[dict[str, Any]] = []
     was_training = model.training
     model.eval()
     try:
-        for index in range(samples):
-            sample = needle_sample(name, tokenizer, length, seed=seed, index=index, sentences=sentences)
-            row = torch.tensor([encode(tokenizer, sample.prompt)], device=model.device)  # [1, T]
+        for start in range(0, samples, batch_size):
+            indices = range(start, min(start + batch_size, samples))
+            drawn = [needle_sample(name, tokenizer, length, seed=seed, index=i, sentences=sentences) for i in indices]
+            tokens, mask = pad_rows([encode(tokenizer, sample.prompt) for sample in drawn], "left", model.device)
             with torch.inference_mode():
                 output = model.generate(  # type: ignore[operator]  # every causal language model has it
-                    row,
-                    attention_mask=torch.ones_like(row),
+                    tokens,
+                    attention_mask=mask,
                     max_new_tokens=NEW_TOKENS,
                     do_sample=False,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    eos_token_id=end,
+                    pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                 )
-            said = str(tokenizer.decode(output[0, row.shape[1] :], skip_special_tokens=True))
-            score = string_match(said, sample.answers)
-            records.append({"answers": sample.answers, "said": said, "tokens": sample.tokens, "score": score})
-            if on_sample is not None:
-                on_sample(len(records), sum(record["score"] for record in records) / len(records))
+            for sample, row in zip(drawn, output[:, tokens.shape[1] :], strict=True):
+                said = str(tokenizer.decode(row, skip_special_tokens=True))
+                score = string_match(said, sample.answers)
+                records.append({"answers": sample.answers, "said": said, "tokens": sample.tokens, "score": score})
+                if on_sample is not None:
+                    on_sample(len(records), sum(record["score"] for record in records) / len(records))
     finally:
         model.train(was_training)
     return sum(record["score"] for record in records) / samples, records
@@ -326,6 +337,7 @@ def run_needles(
     out: str | os.PathLike[str],
     *,
     samples: int = 100,
+    batch_size: int = 16,
     haystack: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> bool:
@@ -336,6 +348,7 @@ def run_needles(
         names: in `NEEDLE_TASKS`.
         lengths: of the context, in tokens.
         out: a file of JSON lines, one for each task and length, with every answer.
+        batch_size: samples answered at once; it changes no score but by rounding, and is no part of the results' key.
         haystack: see `read_haystack`; None for noise.
 
     Returns:
@@ -347,8 +360,7 @@ def run_needles(
     for what, given in (("tasks", names), ("lengths", lengths)):
         if not given:
             raise ValueError(f"{what} is empty, expected at least one")
-    if samples < 1:
-        raise ValueError(f"samples is {samples}, expected at least 1")
+    check_counts(samples, batch_size)
     for name in names:
         needle_task(name)
     sentences = None if haystack is None else read_haystack(haystack)
@@ -381,8 +393,9 @@ def run_needles(
                 def show(done: int, mean: float, before: int = number * samples, what: str = name) -> None:
                     progress.update(bar, completed=before + done, status=f"{what}: {100 * mean:.1f}")
 
+                how: dict[str, Any] = {"samples": samples, "batch_size": batch_size, "seed": seed}
                 score, records = score_needle(
-                    name, model, tokenizer, length, samples=samples, seed=seed, sentences=sentences, on_sample=show
+                    name, model, tokenizer, length, **how, sentences=sentences, on_sample=show
                 )
                 append_result(out, {"configuration": configuration, "score": score, "samples": records})
                 if not console.is_terminal:
