@@ -51,6 +51,7 @@ BLIND = "carve-blind"
 SINGLE_CHANGES = [("carve-read", BLIND), ("carve-mean", BLIND), ("kda", BLIND)]  # what the gates see; one gate for both
 SINGLE_CHANGES += [("carve-read-value", "carve-read"), ("carve-mean-value", "carve-mean")]  # a write gate a value
 SINGLE_CHANGES += [("carve-read-value", "gdn2"), ("carve-mean-value", "gdn2")]  # what the gates see, with such a gate
+SINGLE_CHANGES += [("carve-read-value", BLIND)]  # both
 SHOWN = ["carve-read", "carve-mean", "carve-mean-write", "carve-read-value", "carve-mean-value", BLIND]
 SHOWN += ["gdn2", "kda", "gdn"]
 
