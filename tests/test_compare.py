@@ -346,6 +346,11 @@ def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
     assert "expected a document of two tokens or more" in errors
     unknown = write(tmp_path / "t.yaml", train={"tokenizer": "tokenizer"})
     assert "neither 'bytes' nor one that loads" in refused(capsys, monkeypatch, unknown, "--text", texts, "--out", out)
+    assert "minutes is inf" in refused(capsys, monkeypatch, file, "--text", texts, "--minutes", "inf")
+    hub = write(tmp_path / "h.yaml", train={"data": "hub:some/text"})
+    assert "a comparison takes none of the Hub" in refused(capsys, monkeypatch, hub)
+    folder = write(tmp_path / "f.yaml", train={"data": "."})
+    assert "within data = " in refused(capsys, monkeypatch, folder, "--text", tmp_path, "--out", tmp_path / "out")
     assert "minutes is 0.0" in refused(capsys, monkeypatch, file, "--text", texts, "--minutes", 0)
     assert "no comparison.json" in refused(capsys, monkeypatch, file, "--out", tmp_path / "new", "--report")
     (tmp_path / "run").mkdir()
@@ -357,6 +362,7 @@ def test_texts_that_are_not_there(texts, tmp_path, capsys, monkeypatch):
 
 def test_results_of_another_comparison(whole, texts, tmp_path, capsys, monkeypatch):
     _, out = whole
+    assert compare(write(tmp_path / "l.yaml", train={"log_every": 1}), out, report_only=True)  # which decides nothing
     longer = write(tmp_path / "c.yaml", train={"steps": 7})
     errors = refused(capsys, monkeypatch, longer, "--out", out, "--text", texts)
     assert "results of another comparison: train: steps is 6 there, 7 here" in errors
@@ -412,6 +418,8 @@ def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(training, "ShowProgress", Alarm)
         assert compare(short, tmp_path / "out", text=texts, minutes=60)  # in time, so that it is no failure
+    left = tmp_path / "out" / "tokens" / "abc.partial-1"  # of a process that was killed
+    left.mkdir()
     assert "stopped with 1 runs left" in capsys.readouterr().err
     assert len(read_results(tmp_path / "out")) == 1
     assert len(list((tmp_path / "out" / "runs").glob("*/checkpoint-4"))) == 1
@@ -429,6 +437,7 @@ def test_an_interrupted_comparison_goes_on(whole, texts, tmp_path, monkeypatch, 
         fields["train"] |= {"clip": 1, "model": {**fields["train"]["model"], "conv_size": 4}}
         moved = write(tmp_path / "moved.yaml", **fields)
         assert compare(moved, tmp_path / "moved", text=tmp_path / "texts")
+    assert not (tmp_path / "moved" / "tokens" / left.name).exists()
     found = read_results(tmp_path / "moved")
     assert len(found) == 2
     for key in found:

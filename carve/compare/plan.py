@@ -19,6 +19,7 @@ from carve.models.configuration_carve import ATTENTION
 from carve.names import hint
 from carve.train import TrainConfig
 from carve.train.config import read_yaml, settled
+from carve.train.data import HUB
 
 MATCHING = ("shape", "parameters")
 FIELDS = ("train", "mixers", "baseline", "learning_rates", "seeds", "matching", "tests")
@@ -173,7 +174,8 @@ DEFAULTS: dict[str, Any] = {
 
 def common_train(train: Mapping[str, Any]) -> dict[str, Any]:
     """What decides every run of a comparison, defaults included, the texts left out."""
-    return {name: x for name, x in settled(train).items() if name in DEFAULTS or name == "model"}
+    deciding = {"model", *DEFAULTS} - {"log_every"}
+    return {name: x for name, x in settled(train).items() if name in deciding}
 
 
 def validation_loss(result: Mapping[str, Any]) -> float:
@@ -326,6 +328,8 @@ def place(name: str, value: Any, text: str | Path) -> str:
     """The path of a text, or of a tokenizer."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}, expected a path")
+    if value.startswith(HUB):
+        raise ValueError(f"{name} is {value!r}, expected a file or a folder: a comparison takes none of the Hub")
     return value if (name, value) == ("train: tokenizer", "bytes") else str(Path(text, value))
 
 

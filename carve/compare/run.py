@@ -29,12 +29,13 @@ from carve.extras import need
 from carve.files import locked, replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
-from carve.train.data import Tokens, find_files, fingerprint, tokenise
+from carve.train.data import Tokens, check_apart, find_files, fingerprint, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 FACTS = "comparison.json"  # what all results of a folder have in common
 RESULTS = "results"  # a file for each run, named by the hash of its configuration
 SPEED = "speed.json"
+LONGEST = 1_000_000  # minutes
 LARGEST = 700.0  # nats a token: e to that is about what a float holds
 
 
@@ -68,8 +69,8 @@ def compare(
     """
     for module in ("matplotlib", "scipy"):
         need(module, "the report")
-    if minutes is not None and not minutes > 0:
-        raise ValueError(f"minutes is {minutes}, expected a positive number")
+    if minutes is not None and not 0 < minutes <= LONGEST:
+        raise ValueError(f"minutes is {minutes}, expected a positive number of at most {LONGEST:,}")
     plan, out = read_plan(file, text), Path(out)
     if report_only:
         if not (out / FACTS).is_file():
@@ -82,7 +83,7 @@ def compare(
     console, limit, stopped = Console(stderr=True, highlight=False), TimeLimit(minutes), False
     try:
         with limit:
-            check_texts(plan)
+            check_texts(plan, out)
             out.mkdir(parents=True, exist_ok=True)
             with locked(out / "texts.lock", wait=True):  # the other processes find the texts tokenised
                 plan, texts = read_texts(plan, out)
@@ -106,9 +107,10 @@ def compare(
 # -- before the work --
 
 
-def check_texts(plan: Plan) -> None:
-    """Raise ValueError unless all texts are there and not empty."""
+def check_texts(plan: Plan, out: Path) -> None:
+    """Raise ValueError unless all texts are there, not empty, and none is where the results go."""
     for name, path in text_paths(plan).items():
+        check_apart("out", out, name, path)
         if not any(file.stat().st_size for file in find_files(path, name)):
             raise ValueError(f"{name} is {path!r}, which is empty: expected text")
 
@@ -129,6 +131,8 @@ def read_texts(plan: Plan, out: Path) -> tuple[Plan, dict[str, Tokens]]:
     prints = {name: fingerprint(path, tokenizer, name) for name, path in paths.items()}
     plan = plan.with_facts({"vocab_size": len(tokenizer), "fingerprints": prints})
     check_folder(plan, out)
+    for left in (out / "tokens").glob("*.partial-*"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(left)
     texts = {name: tokenise(path, tokenizer, out / "tokens", name) for name, path in paths.items()}
     for name, tokens in texts.items():
         wanted = plan.train.get("seq_len", TrainConfig.seq_len) if name in ("data", "validation") else 2
@@ -234,7 +238,7 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
         out=os.path.abspath(folder),
         cache=os.path.abspath(out / "tokens"),
         eval_every=0,
-        save_every=run.train.get("steps", TrainConfig.steps),
+        save_every=max(1, run.train.get("steps", TrainConfig.steps) // 10),  # so much a killed process may lose
         keep=1,
     )
     resume = (folder / "config.yaml").exists()

@@ -20,7 +20,18 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")  # of the model: wher
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number, as it is to Python; PyYAML takes it for a word unless it is written 5.0e-4."""
+    """YAML in which 5e-4 is a number, as it is to Python, and no key of a mapping comes twice.
+
+    PyYAML takes 5e-4 for a word unless it is written 5.0e-4, and of two values of one key the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} comes twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):

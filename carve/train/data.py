@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def find_files(data: str, name: str = "data") -> list[Path]:
     Raises:
         ValueError: there is no such path, or no file in it.
     """
+    if not data:
+        raise ValueError(f"{name} is empty, expected a file, a folder or {HUB}NAME")
     root = Path(data)
     if root.is_file():
         return [root]
@@ -52,6 +55,12 @@ def find_files(data: str, name: str = "data") -> list[Path]:
     if not files:
         raise ValueError(f"{name} is {data!r}, an empty folder: expected text files")
     return files
+
+
+def check_apart(what: str, folder: Path, name: str, text: str) -> None:
+    """Raise ValueError where a folder that is written to, `what` by name, lies within a text."""
+    if folder.resolve().is_relative_to(Path(text).resolve()):
+        raise ValueError(f"{what} is {folder}, within {name} = {text!r}: expected a folder that is not read as text")
 
 
 def read_texts(data: str, name: str = "data") -> Iterator[Iterable[str]]:
@@ -194,7 +203,7 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase, name: str = "data
 def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
     """Write into a folder of another name, and rename it when all is there."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir(parents=True)
     end, *begin = marks(tokenizer)
     starts, position, size = [], 0, 0

@@ -17,6 +17,7 @@ from carve.train.data import reading
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
 LOCK = "lock"  # held by the process that trains
+BEFORE = ("data", LOCK, "data.json")  # what is there before there is a run
 PLACES = ("data", "tokenizer", "out", "cache")  # fields of `TrainConfig`; what lies there may be moved
 RHYTHM = ("eval_every", "save_every", "log_every", "keep")  # and these change nothing of the weights
 
@@ -40,11 +41,11 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
     Texts and tokenizer may lie elsewhere now: `check_data` sees that they are the same.
 
     Raises:
-        ValueError: the folder is in use, there is nothing to resume, or a field differs; the message names it.
+        ValueError: the folder is not empty, there is nothing to resume, or a field differs; the message names it.
     """
     saved = out / "config.yaml"
     if not resume:
-        if out.exists() and (not out.is_dir() or any(path.name not in ("data", LOCK) for path in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(path.name not in BEFORE for path in out.iterdir())):
             how = f": carve train --resume {out} goes on with it" if saved.exists() else ""
             raise ValueError(f"out is {out}, which is not empty{how}; expected a new folder")
         return

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from carve.files import replace_text
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig
-from carve.train.data import HUB, collate, find_files, split_rows, tokenise
+from carve.train.data import HUB, check_apart, collate, find_files, split_rows, tokenise
 from carve.train.folder import PARTIAL, alone, check_checkpoint, check_data, check_folder
 from carve.train.tokenizer import load_tokenizer
 from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal
@@ -66,8 +66,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         text = getattr(config, name)
         if text is not None and not text.startswith(HUB):
             find_files(text, name)
-            if out.absolute().is_relative_to(Path(text).absolute()):
-                raise ValueError(f"out is {out}, within {name} = {text!r}: expected a folder that is not read as text")
+            check_apart("out", out, name, text)
+            if config.cache is not None:
+                check_apart("cache", Path(config.cache), name, text)
     tokenizer = load_tokenizer(config.tokenizer)
     with alone(out) if args.process_index == 0 else nullcontext():
         if args.process_index == 0:
@@ -114,6 +115,10 @@ def _train(
     if config.compile:
         compile_blocks(model)
 
+    if args.process_index == 0:  # from here on there is a run to go on with
+        replace_text(out / "data.json", json.dumps(fingerprints) + "\n")
+        config.save(out / "config.yaml")
+
     stop, progress = StopOnSignal(), ShowProgress(shown=args.process_index == 0)
     callbacks = [stop, Rhythm(), Metrics(out), progress]
     if args.process_index == 0:
@@ -135,8 +140,6 @@ def _train(
     trainer.bits_a_byte, trainer.content_lr = bits_a_byte, config.content_lr
     if args.process_index == 0:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
-        replace_text(out / "data.json", json.dumps(fingerprints) + "\n")
-        config.save(out / "config.yaml")
     last = get_last_checkpoint(out)
     if last != str(out / f"checkpoint-{config.steps}"):
         if last is not None:
@@ -149,8 +152,10 @@ def _train(
             trainer.train(resume_from_checkpoint=last)
         last = get_last_checkpoint(out)
         assert last is not None
-    if stop.number is not None and trainer.state.global_step < config.steps:
-        raise Interrupted(f"saved {last}; go on with: carve train --resume {out}", stop.number)
+    if stop.number is not None:
+        ended = trainer.state.global_step >= config.steps
+        how = ", with which the run has ended" if ended else f"; go on with: carve train --resume {out}"
+        raise Interrupted(f"saved {last}{how}", stop.number)
     return Path(last)
 
 

@@ -46,6 +46,14 @@ class CarveTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
         return optimizer
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer does, but with the last rows too: only training leaves out a batch of another size."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
         try:

@@ -169,9 +169,11 @@ def test_bad_haystacks(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="not UTF-8"):
             read_haystack(tmp_path / name)
-    (tmp_path / "c.txt.gz").write_bytes(b"abc")
-    with pytest.raises(ValueError, match=r"c\.txt\.gz is no gzip file"):
-        read_haystack(tmp_path / "c.txt.gz")
+    whole = gzip.compress(b"First. Second." * 100)
+    for content in (b"abc", whole[:-4], whole[:12] + bytes([whole[12] ^ 255]) + whole[13:]):
+        (tmp_path / "c.txt.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.txt\.gz is no gzip file"):
+            read_haystack(tmp_path / "c.txt.gz")
 
 
 # -- scores --

@@ -27,6 +27,12 @@ def test_largest_preset_has_the_papers_size():
     assert 1.2e9 < parameters < 1.4e9
 
 
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: text\nsteps: 500\nmodel: {hidden_size: 64, hidden_size: 32}\n")
+    with pytest.raises(ValueError, match=r"c\.yaml is not YAML: the key 'hidden_size' comes twice .*line 3"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
 def test_yaml_round_trip(tmp_path):
     config = TrainConfig(data="text", steps=7, warmup_steps=2, model={"content": "read", "content_write": True})
     config.save(tmp_path / "config.yaml")

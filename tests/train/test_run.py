@@ -21,7 +21,7 @@ from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
 from carve.train.folder import alone
 from carve.train.run import Interrupted, check_content, compile_blocks
-from carve.train.trainer import CarveTrainer
+from carve.train.trainer import CarveTrainer, ShowProgress
 
 FIELDS = {
     "seq_len": 32,
@@ -171,6 +171,35 @@ def test_a_signal_saves_and_says_how_to_resume(name, whole, config_file, tmp_pat
         assert torch.equal(tensor, expected)
 
 
+def test_a_signal_in_the_last_step_is_no_less_one(config_file, tmp_path, monkeypatch):
+    def ask(self, args, state, control, **_):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShowProgress, "on_step_begin", ask, raising=False)
+    with pytest.raises(Interrupted, match=r"checkpoint-6, with which the run has ended"):
+        train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
+    assert (tmp_path / "run" / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.1, 3), (0.3, 9)])
+def test_all_that_is_held_out_is_evaluated(share, rows, config_file, tmp_path, monkeypatch):
+    """Also where it is less than a batch, or no multiple of one."""
+    seen = []
+
+    def note(self, model, inputs, *rest, **how):
+        seen.append(len(inputs["input_ids"]))
+        return step(self, model, inputs, *rest, **how)
+
+    step = CarveTrainer.prediction_step
+    monkeypatch.setattr(CarveTrainer, "prediction_step", note)
+    (tmp_path / "text.txt").write_text("x" * (30 * FIELDS["seq_len"] + 5))
+    fields = {"micro_batch": 4, "steps": 1, "warmup_steps": 0, "eval_every": 1, "validation_share": share}
+    places = {"data": str(tmp_path / "text.txt"), "out": str(tmp_path / "run")}
+    train(TrainConfig.load(config_file, fields | places))
+    assert sum(seen) == rows
+
+
 def test_resuming_a_run_that_has_ended_changes_nothing(whole, config_file, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     assert train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}), resume=True).name == "checkpoint-6"
@@ -300,6 +329,11 @@ def test_errors_leave_the_folder_as_good_as_new(config_file, tmp_path):
     assert not list(out.rglob("ids.bin"))  # nor was the other text tokenised
     with pytest.raises(ValueError, match=r"out is .*run, within data = '.*': expected a folder that is not read as"):
         train(TrainConfig.load(config_file, {"out": str(out), "data": str(tmp_path)}))
+    within = {"out": str(out), "data": str(config_file.parent), "cache": str(config_file.parent / "tokens")}
+    with pytest.raises(ValueError, match=r"cache is .*tokens, within data = '.*': expected a folder that is not read"):
+        train(TrainConfig.load(config_file, within))
+    with pytest.raises(ValueError, match="data is empty, expected a file, a folder or hub:NAME"):
+        train(TrainConfig.load(config_file, {"out": str(out), "data": ""}))
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"validation is '.*empty\.txt', which holds no text"):
         train(TrainConfig.load(config_file, {"out": str(out), "validation": str(tmp_path / "empty.txt")}))

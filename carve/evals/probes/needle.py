@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -132,7 +133,7 @@ def read_haystack(path: str | os.PathLike[str]) -> list[str]:
             words += (gzip.decompress(file.read_bytes()).decode() if file.suffix == ".gz" else read_text(file)).split()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: byte {error.start}") from error
-        except gzip.BadGzipFile as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{file} is no gzip file: {error}") from error
     # A sentence ends with a word that ends so, before one that begins with a capital, a digit, a quotation mark or "(".
     sentences = re.split(r"(?:(?<=[.!?])|(?<=[.!?)][\"'”’).]))\s(?=[\"'“‘(]*[A-Z0-9])", " ".join(words))

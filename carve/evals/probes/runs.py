@@ -107,6 +107,9 @@ def plan_probes(
     for name in ["pairs"] * bool(pairs) + ["length"] * bool(lengths) + list(fields or {}):
         if not any(name in {field.name for field in dataclasses.fields(task)} for _, task in cases):
             raise ValueError(f"none of the tasks {', '.join(tasks)} has a field {name!r}")
+    for name, given in (("pairs", pairs), ("length", lengths)):
+        if given and name in (fields or {}):
+            raise ValueError(f"{name} is given twice, {list(given)} and {(fields or {})[name]!r}, expected one of them")
     model = model or {}
     known = {field.name for field in dataclasses.fields(CarveConfig)}
     for name in model:
@@ -114,8 +117,13 @@ def plan_probes(
             raise ValueError(f"model has {name!r}, which CarveConfig does not know{hint(name, known)}")
         if name in DECIDED:
             raise ValueError(f"model has {name!r}, which the mixer decides, expected another field, or another mixer")
+        if name == "vocab_size":
+            raise ValueError("model has 'vocab_size', which the task decides, expected another field")
 
-    dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    try:
+        dtype = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu or cuda") from error
     runs = []
     for name, task in cases:
         for mixer in mixers:

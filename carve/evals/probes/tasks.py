@@ -119,7 +119,7 @@ class MQAR(Task):
         self.expect_integers()
         self.expect("pairs", self.pairs >= 1, "at least 1")
         self.expect("updates", 0 <= self.updates <= self.pairs, f"from 0 to pairs = {self.pairs}")
-        self.expect("power", self.power > 0, "a positive number")
+        self.expect("power", isinstance(self.power, (int, float)) and self.power > 0, "a positive number")
         smallest = 2 * self.pairs + 2
         self.expect("vocabulary", self.vocabulary >= smallest, f"at least {smallest}: half of it keys, half values")
         if self.length is not None:
