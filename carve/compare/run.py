@@ -230,7 +230,7 @@ def work(plan: Plan, texts: dict[str, Tokens], out: Path, console: Console) -> N
 
 def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str, Any]:
     """Train, or go on with it, and measure: the result, as plain data. One that diverged is a result too."""
-    folder = out / "runs" / run.key
+    folder, steps = out / "runs" / run.key, run.train.get("steps", TrainConfig.steps)
     config = TrainConfig(
         **{name: os.path.abspath(plan.train[name]) for name in ("data", "validation")},
         tokenizer=plan.train.get("tokenizer", TrainConfig.tokenizer),
@@ -238,7 +238,7 @@ def make(plan: Plan, run: Run, texts: dict[str, Tokens], out: Path) -> dict[str,
         out=os.path.abspath(folder),
         cache=os.path.abspath(out / "tokens"),
         eval_every=0,
-        save_every=max(1, run.train.get("steps", TrainConfig.steps) // 10),  # so much a killed process may lose
+        save_every=min(steps, max(100, steps // 10)),  # so much a killed process may lose
         keep=1,
     )
     resume = (folder / "config.yaml").exists()
