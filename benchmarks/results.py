@@ -218,6 +218,7 @@ def probe_differences() -> list[str]:
 
 HARD = {"write-once": (16, 32), "mqar": (64,), "forgetting-mqar": (64,)}  # task -> pairs
 RATES = {"write-once": [1e-3, 3e-3]}  # learning rates, where more than 3e-3 was tried
+RECIPE: dict[str, Any] = {"steps": 2600, "device": "cuda"}
 
 
 @cache
@@ -228,7 +229,7 @@ def hard() -> Mapping[tuple[str, int], Mapping[str, Summary]]:
     for task, sizes in HARD.items():
         mixers = [mixer for mixer in MIXERS if any(x["configuration"]["mixer"] == mixer for x in there.values())]
         rates = RATES.get(task, [3e-3])
-        runs = plan_probes([task], mixers, pairs=sizes, learning_rates=rates, steps=2600, device="cuda")
+        runs = plan_probes([task], mixers, pairs=sizes, learning_rates=rates, **RECIPE)
         for x in summarise(runs, there):
             found.setdefault((task, x.run.size["pairs"]), {})[x.run.mixer] = x
     return found
@@ -267,11 +268,9 @@ def hard_differences(base: str) -> list[str]:
 def one_head() -> list[str]:
     """Accuracy on `write-once` with 16 pairs in one head of 32, at each learning rate."""
     there = read_probes(RESULTS / "probes" / "one_head" / "results.jsonl")
-    sizes: dict[str, Any] = {"pairs": [16], "steps": 2600, "model": {"num_heads": 1, "head_dim": 32}, "device": "cuda"}
-    rates = (1e-3, 3e-3)
-    found = []
+    found, rates, model = [], RATES["write-once"], {"num_heads": 1, "head_dim": 32}
     for rate in rates:
-        runs = plan_probes(["write-once"], list(MIXERS), learning_rates=[rate], **sizes)
+        runs = plan_probes(["write-once"], list(MIXERS), pairs=[16], learning_rates=[rate], model=model, **RECIPE)
         found.append({x.run.mixer: cell(x) for x in summarise(runs, there)})
     shown = [mixer for mixer in MIXERS if any(mixer in some for some in found)]
     rows = [[f"`{mixer}`", *(some.get(mixer, NONE) for some in found)] for mixer in shown]

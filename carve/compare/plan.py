@@ -120,8 +120,8 @@ class Plan:
         config = CarveConfig(**model)
         train = numbers({name: x for name, x in self.train.items() if name not in TEXTS} | self.mixers[label]["train"])
         train |= {"model": model, "learning_rate": learning_rate, "seed": seed}
-        whole = {**DEFAULTS, **train, "model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
-        whole.pop("log_every")
+        whole = common_train(train) | {"learning_rate": learning_rate, "seed": seed}
+        whole |= {"model": {name: getattr(config, name) for name in CarveConfig.__annotations__}}
         return Run(label, matching, train, {"train": whole, "texts": self.facts})
 
     def sweep(self, label: str) -> list[Run]:

@@ -29,7 +29,7 @@ from carve.extras import need
 from carve.files import locked, replace_text
 from carve.models.checkpoint import load_checkpoint
 from carve.train import TrainConfig, train
-from carve.train.data import Tokens, check_apart, find_files, fingerprint, tokenise
+from carve.train.data import Tokens, check_apart, find_files, fingerprint, remove_partial, tokenise
 from carve.train.tokenizer import load_tokenizer
 
 FACTS = "comparison.json"  # what all results of a folder have in common
@@ -131,8 +131,7 @@ def read_texts(plan: Plan, out: Path) -> tuple[Plan, dict[str, Tokens]]:
     prints = {name: fingerprint(path, tokenizer, name) for name, path in paths.items()}
     plan = plan.with_facts({"vocab_size": len(tokenizer), "fingerprints": prints})
     check_folder(plan, out)
-    for left in (out / "tokens").glob("*.partial-*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(left)
+    remove_partial(out / "tokens")  # we hold the lock
     texts = {name: tokenise(path, tokenizer, out / "tokens", name) for name, path in paths.items()}
     for name, tokens in texts.items():
         wanted = plan.train.get("seq_len", TrainConfig.seq_len) if name in ("data", "validation") else 2

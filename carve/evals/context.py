@@ -1,6 +1,6 @@
 """What a model reads: how many tokens in a row, and rows of different lengths as a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,15 @@ def check_context(config: Any, tokens: int) -> None:
         raise ValueError(f"sequences of {tokens} tokens, but all layers see a window of {config.sliding_window} only")
 
 
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The items, so many at once; the last may be fewer."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 def pad_rows(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of tokens as `[B, T]` int64, and the mask `[B, T]` int64 that is 0 at the padding, `"left"` or `"right"`."""
     tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    both = (pad_sequence(some, True, padding_side=side) for some in (tokens, [torch.ones_like(row) for row in tokens]))
-    padded, mask = (x.to(device) for x in both)
+    real = [torch.ones_like(row) for row in tokens]
+    padded, mask = (pad_sequence(each, True, padding_side=side).to(device) for each in (tokens, real))
     return padded, mask

@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from carve.evals.context import check_context, longest_context, pad_rows
+from carve.evals.context import batches, check_context, longest_context, pad_rows
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.models.modeling_carve import CarveForCausalLM
@@ -149,13 +149,13 @@ class CarveLM(TemplateLM):
         answers: dict[int, tuple[float, bool]] = {}
         contexts = sorted(by_context, key=len, reverse=True)  # what needs most memory comes first
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
-            for batch in _batches(contexts, self.batch_size):
+            for batch in batches(contexts, self.batch_size):
                 tokens, mask = pad_rows(batch, "left", self._device)
                 with torch.inference_mode():
                     read = self.model(tokens, attention_mask=mask, use_cache=True, logits_to_keep=1)
                 rows = [(row, i) for row, context in enumerate(batch) for i in by_context[context]]
                 rows.sort(key=lambda row: -len(requests[row[1]][2]))
-                for part in _batches(rows, self.batch_size):
+                for part in batches(rows, self.batch_size):
                     origin = torch.tensor([row for row, _ in part], device=tokens.device)
                     scores = self._continue(read, mask, origin, [requests[i][2] for _, i in part])
                     for (_, i), answer in zip(part, scores, strict=True):
@@ -261,11 +261,6 @@ def _choose(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen.double(), logits.argmax(-1) == targets
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _new_tokens(gen_kwargs: dict[str, Any]) -> int:

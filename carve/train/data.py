@@ -200,6 +200,12 @@ def fingerprint(data: str, tokenizer: PreTrainedTokenizerBase, name: str = "data
     return digest.hexdigest()[:24]
 
 
+def remove_partial(cache: Path) -> None:
+    """Remove what a process that was killed while it tokenised left in a cache, in which no other tokenises now."""
+    for left in cache.glob("*.partial-*"):
+        shutil.rmtree(left)
+
+
 def _write_tokens(data: str, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:
     """Write into a folder of another name, and rename it when all is there."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from carve.files import replace_text
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig
-from carve.train.data import HUB, check_apart, collate, find_files, split_rows, tokenise
+from carve.train.data import HUB, check_apart, collate, find_files, remove_partial, split_rows, tokenise
 from carve.train.folder import PARTIAL, alone, check_checkpoint, check_data, check_folder
 from carve.train.tokenizer import load_tokenizer
 from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal
@@ -83,8 +83,8 @@ def _train(
     from torch.utils.tensorboard import SummaryWriter
 
     cache = out / "data" if config.cache is None else Path(config.cache)
-    for left in (out / "data").glob("*.partial-*") if args.process_index == 0 else ():
-        shutil.rmtree(left)  # a run was killed here
+    if args.process_index == 0:
+        remove_partial(out / "data")
     with args.main_process_first(local=False):  # the others find it in the cache
         tokens = validation_tokens = tokenise(config.data, tokenizer, cache)
         if config.validation is not None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.evals.context import check_context, pad_rows
+from carve.evals.context import batches, check_context, pad_rows
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
@@ -307,8 +307,7 @@ def score_needle(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, samples, batch_size):
-            indices = range(start, min(start + batch_size, samples))
+        for indices in batches(range(samples), batch_size):
             drawn = [needle_sample(name, tokenizer, length, seed=seed, index=i, sentences=sentences) for i in indices]
             tokens, mask = pad_rows([encode(tokenizer, sample.prompt) for sample in drawn], "left", model.device)
             with torch.inference_mode():
