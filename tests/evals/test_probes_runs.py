@@ -14,7 +14,17 @@ from carve.evals.probes import runs as module
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.evals.probes.runs import ProbeRun, parse_shard, plan_probes, run_probes, summarise
 from carve.evals.probes.tasks import IGNORE
-from carve.evals.probes.training import TEST, TRAIN, VALIDATION, by_distance, rate, training_batches
+from carve.evals.probes.training import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Captured,
+    Questions,
+    adamw,
+    by_distance,
+    rate,
+    training_batches,
+)
 from carve.models import CarveForCausalLM
 
 TINY = {"hidden_size": 16, "num_heads": 1, "head_dim": 8, "intermediate_size": 16, "chunk_size": 4, "content_rank": 4}
@@ -394,3 +404,44 @@ def test_the_command_runs_and_says_what_is_wrong(
         assert err.startswith("carve: error: ")
         assert message in err
     assert not (tmp_path / "none").exists()
+
+
+# -- on a GPU --
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_step_and_sees_the_learning_rate_change() -> None:
+    weights = []
+    for capture in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3).cuda()
+        optimizer = adamw(model, 0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, 30))
+
+        def learn(questions: Questions, model: torch.nn.Linear = model, optimizer=optimizer) -> torch.Tensor:
+            loss = torch.nn.functional.cross_entropy(model(questions.input_ids.float()), questions.labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        take = Captured(learn) if capture else learn
+        for _ in range(30):
+            x, y = torch.randint(9, (8, 4), device="cuda"), torch.randint(3, (8,), device="cuda")
+            take(Questions(x, x, y))
+            schedule.step()
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["carve-mean", "carve-read", "gdn2-hybrid", "full_attention"])
+def test_training_by_captured_steps_is_the_same(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task("write-once", {"pairs": 4})
+    recipe = {"steps": 40, "learning_rate": 3e-3, "evaluated": 128, "device": "cuda"}
+    captured = train_probe(task, probe_config(task, mixer), **recipe)
+    monkeypatch.setattr(Captured, "eager", 40)
+    eager = train_probe(task, probe_config(task, mixer), **recipe)
+    assert [step for step, _ in captured.losses] == [step for step, _ in eager.losses]
+    for (_, mine), (_, other) in zip(captured.losses, eager.losses, strict=True):
+        assert mine == pytest.approx(other, abs=0.02)  # bfloat16, and sums whose order differs from run to run

@@ -50,6 +50,20 @@ class ProbeScore:
     parameters: int
 
 
+class Questions(NamedTuple):
+    """Sequences on the device.
+
+    Attributes:
+        input_ids: `[B, T]` int64.
+        places: `[B, Q]` int64, where the Q answers of each are asked for.
+        labels: `[B, Q]` int64, the answers.
+    """
+
+    input_ids: Tensor
+    places: Tensor
+    labels: Tensor
+
+
 def probe_config(task: Task, mixer: str, **fields: Any) -> CarveConfig:
     """The smallest model that is known to be able to solve the task, with the mixer of that name.
 
@@ -118,15 +132,21 @@ def train_probe(
     model.train()
     optimizer = adamw(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+
+    def learn(questions: Questions) -> Tensor:
+        loss = F.cross_entropy(answer(model, questions).flatten(0, 1), questions.labels.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.detach()
+
     losses: list[tuple[int, float]] = []
     step = 0
+    take = Captured(learn) if device.type == "cuda" else learn
     try:
         for step, questions in enumerate(training_batches(task, steps, batch_size, seed, device), start=1):
-            loss = F.cross_entropy(answer(model, questions).flatten(0, 1), questions.labels.flatten())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
+            loss = take(questions)
             schedule.step()
             # Reading the loss waits for the device: only now and then.
             known = step % max(1, steps // 20) == 0 or step == steps
@@ -152,6 +172,34 @@ def train_probe(
     )
 
 
+class Captured:
+    """A training step as one CUDA graph: a model so small waits for its kernels to be launched, not for them to run.
+
+    The first steps are taken as they are: kernels are compiled, and the optimizer's state is made.
+    """
+
+    eager = 3
+
+    def __init__(self, learn: Callable[[Questions], Tensor]) -> None:
+        self.learn = learn
+        self.taken = 0
+
+    def __call__(self, questions: Questions) -> Tensor:
+        """Take a step; its loss, which the next one overwrites."""
+        self.taken += 1
+        if self.taken <= self.eager:
+            return self.learn(questions)
+        if self.taken == self.eager + 1:
+            self.questions = Questions(*(x.clone() for x in questions))
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(questions.input_ids.device), torch.cuda.graph(self.graph):
+                self.loss = self.learn(self.questions)
+        for mine, given in zip(self.questions, questions, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.loss
+
+
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -159,8 +207,11 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
         matrix = parameter.dim() >= 2 and not getattr(parameter, "_no_weight_decay", False)
         (decayed if matrix else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": kept, "weight_decay": 0.0}]
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=fused)
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+    rate = torch.tensor(learning_rate, device=device)  # on the device, where a captured step sees it change
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True, capturable=True)
 
 
 def rate(step: int, steps: int) -> float:
@@ -169,20 +220,6 @@ def rate(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class Questions(NamedTuple):
-    """Sequences on the device.
-
-    Attributes:
-        input_ids: `[B, T]` int64.
-        places: `[B, Q]` int64, where the Q answers of each are asked for.
-        labels: `[B, Q]` int64, the answers.
-    """
-
-    input_ids: Tensor
-    places: Tensor
-    labels: Tensor
 
 
 def questions_of(batch: Batch, device: torch.device) -> Questions:
