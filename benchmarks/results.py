@@ -12,10 +12,10 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -52,7 +52,15 @@ SINGLE_CHANGES = [("carve-read", BLIND), ("carve-mean", BLIND), ("kda", BLIND)] 
 SINGLE_CHANGES += [("carve-read-value", "carve-read"), ("carve-mean-value", "carve-mean")]  # a write gate a value
 SINGLE_CHANGES += [("carve-read-value", "gdn2"), ("carve-mean-value", "gdn2")]  # what the gates see, with such a gate
 SINGLE_CHANGES += [("carve-read-value", BLIND)]  # both
-SHOWN = ["carve-read", "carve-mean", "carve-mean-write", "carve-read-value", "carve-mean-value", BLIND]
+SHOWN = [
+    "carve-mean",
+    "carve-mean-write",
+    "carve-read",
+    "carve-read-raw",
+    "carve-read-value",
+    "carve-mean-value",
+    BLIND,
+]
 SHOWN += ["gdn2", "kda", "gdn"]
 
 
@@ -99,13 +107,13 @@ def sweep(name: str, matching: str = "shape") -> list[str]:
 def summary() -> list[str]:
     """Of the README: what decides."""
     rows = []
-    for label in ("carve-read", "carve-mean", BLIND, "carve-read-value", "gdn2", "kda"):
-        x = comparison("language")[1][label]
-        count = next(iter(x.seeds.values()))["parameters"]["without embeddings"]
-        loss = spread([math.exp(y) for y in x.losses("validation").values()], 1)
-        cells = [hard_cell("write-once", 32, label), hard_cell("forgetting-mqar", 64, label)]
-        rows.append([f"`{label}`", f"{count / 1e6:.1f}", loss, *cells])
-    return table(["mixer", "parameters, M", "perplexity", "write-once, %", "forgetting-mqar, %"], rows)
+    found = [comparison("language")[1], comparison("language_parameters", "parameters")[1]]
+    for label in ("carve-mean", "carve-read", "carve-read-raw", BLIND, "gdn2", "kda", "gdn"):
+        trained = [x[label].losses("validation").values() if label in x else () for x in found]
+        losses = [spread([math.exp(y) for y in some], 1) if some else NONE for some in trained]
+        rows.append([f"`{label}`", *losses, *(cell(probed_at(case)[label]) for case in (UPDATES, HARD[1], SMALLEST))])
+    titles = ["perplexity, equal width", "equal parameters", "forgetting-mqar", "write-once, 2 heads", "1 head"]
+    return table(["mixer", *titles], rows)
 
 
 def pairs_of(name: str, matching: str) -> list[tuple[str, str, list[int]]]:
@@ -216,65 +224,102 @@ def probe_differences() -> list[str]:
     return table([f"less `{BLIND}`", *EDITING], rows)
 
 
-HARD = {"write-once": (16, 32), "mqar": (64,), "forgetting-mqar": (64,)}  # task -> pairs
-RATES = {"write-once": [1e-3, 3e-3]}  # learning rates, where more than 3e-3 was tried
-RECIPE: dict[str, Any] = {"steps": 2600, "device": "cuda"}
+class Case(NamedTuple):
+    """A column of a table of probes: a task of one size, each mixer at its best of the learning rates on validation.
+
+    Attributes:
+        folder: of the results, in `benchmarks/results/`.
+        one_head: of 32 x 32, in place of two of 64 x 64.
+    """
+
+    folder: str
+    task: str
+    pairs: int | None = None
+    rates: tuple[float, ...] = (3e-3,)
+    seeds: int = 3
+    steps: int = 2600
+    one_head: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.task if self.pairs is None else f"{self.task}, {self.pairs} pairs"
+
+
+BOTH = (1e-3, 3e-3)
+HARD = [Case("probes/hard", "write-once", pairs, BOTH) for pairs in (16, 32)] + [Case("probes/hard", "mqar", 64)]
+UPDATES = Case("probes/hard", "forgetting-mqar", 64, BOTH, seeds=5)
+MORE_EDITING = [Case("probes/hard", task, 16) for task in ("counters", "compare-and-swap", "selective-forgetting")]
+STATES = [Case("probes", task, steps=1300) for task in ("s5", "modular-addition")]
+ONE_HEAD = {
+    f"16 pairs, {steps:,} steps, {rate:g}": Case("probes/one_head", "write-once", 16, (rate,), 3, steps, one_head=True)
+    for steps in (2600, 10_000)
+    for rate in BOTH
+}
+SMALLEST = Case("probes/one_head", "write-once", 32, steps=10_000, one_head=True)  # as many keys as dimensions
+ONE_HEAD |= {"32 pairs, 10,000 steps, 0.003": SMALLEST}
+SEEING = [mixer for mixer, fields in MIXERS.items() if fields.get("content") and not mixer.endswith("-hybrid")]
 
 
 @cache
-def hard() -> Mapping[tuple[str, int], Mapping[str, Summary]]:
-    """Task and pairs -> mixer -> what came out at its best learning rate, of the harder probes."""
-    there = read_probes(RESULTS / "probes" / "hard" / "results.jsonl")
-    found: dict[tuple[str, int], dict[str, Summary]] = {}
-    for task, sizes in HARD.items():
-        mixers = [mixer for mixer in MIXERS if any(x["configuration"]["mixer"] == mixer for x in there.values())]
-        rates = RATES.get(task, [3e-3])
-        runs = plan_probes([task], mixers, pairs=sizes, learning_rates=rates, **RECIPE)
-        for x in summarise(runs, there):
-            found.setdefault((task, x.run.size["pairs"]), {})[x.run.mixer] = x
-    return found
+def probed_at(case: Case) -> Mapping[str, Summary]:
+    """Mixer -> what came out at its best learning rate, in the order of `MIXERS`."""
+    there = read_probes(RESULTS / case.folder / "results.jsonl")
+    runs = plan_probes(
+        [case.task],
+        list(MIXERS),
+        pairs=[case.pairs] if case.pairs else (),
+        learning_rates=case.rates,
+        seeds=case.seeds,
+        steps=case.steps,
+        model={"num_heads": 1, "head_dim": 32} if case.one_head else {},
+        device="cuda",
+    )
+    return {x.run.mixer: x for x in summarise(runs, there)}
 
 
-def hard_cell(task: str, pairs: int, mixer: str, *, rate: bool = False) -> str:
-    """Accuracy, and the learning rate if asked for and there was a choice."""
-    found = hard()[task, pairs].get(mixer)
+def probe_cell(case: Case, mixer: str) -> str:
+    """Accuracy, and the learning rate where there was a choice."""
+    found = probed_at(case).get(mixer)
     if found is None:
         return NONE
-    return cell(found) + (f" at {found.learning_rate:g}" if rate and task in RATES else "")
+    return cell(found) + (f" at {found.learning_rate:g}" if len(case.rates) > 1 else "")
 
 
-def hard_mixers() -> list[str]:
-    return [mixer for mixer in MIXERS if any(mixer in some for some in hard().values())]
+def gain_cell(case: Case, mixer: str, base: str) -> str:
+    """Accuracy less that of the base with the same seed, each at its own best rate; of how many seeds, if not all."""
+    mine, other = (probed_at(case)[x].accuracies if x in probed_at(case) else {} for x in (mixer, base))
+    gains = [100 * (mine[seed] - other[seed]) for seed in mine if seed in other]
+    return interval_cell(student(gains), 1, *([f"{len(gains)} seeds"] if len(gains) < case.seeds else []))
 
 
-def hard_accuracies() -> list[str]:
-    rows = [[f"`{mixer}`", *(hard_cell(*case, mixer, rate=True) for case in hard())] for mixer in hard_mixers()]
-    return table(["mixer", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
+def mixers_of(cases: Iterable[Case]) -> list[str]:
+    return [mixer for mixer in MIXERS if any(mixer in probed_at(case) for case in cases)]
 
 
-def hard_differences(base: str) -> list[str]:
-    """Accuracy less that of the base with the same seed, each at its own best rate; of how many seeds, if not three."""
+def probe_table(cases: Mapping[str, Case]) -> list[str]:
+    rows = [[f"`{x}`", *(probe_cell(case, x) for case in cases.values())] for x in mixers_of(cases.values())]
+    return table(["mixer", *cases], rows)
+
+
+def titled(cases: Iterable[Case]) -> dict[str, Case]:
+    return {case.title: case for case in cases}
+
+
+def probe_gains(cases: Mapping[str, Case], base: str) -> list[str]:
+    mixers = [mixer for mixer in mixers_of(cases.values()) if mixer != base]
+    rows = [[f"`{x}`", *(gain_cell(case, x, base) for case in cases.values())] for x in mixers]
+    return table([f"less `{base}`", *cases], rows)
+
+
+def gains_of_content(case: Case, *, accuracy: bool) -> list[str]:
+    """What the forms that see the memory gain on each that does not."""
+    bases = [BLIND, "gdn2", "gdn", "kda"]
     rows = []
-    for mixer in (mixer for mixer in hard_mixers() if mixer != base):
-        cells = []
-        for case in hard():
-            mine, other = (hard()[case][x].accuracies if x in hard()[case] else {} for x in (mixer, base))
-            gains = [100 * (mine[seed] - other[seed]) for seed in mine if seed in other]
-            cells.append(interval_cell(student(gains), 1, *(["2 seeds"] if len(gains) == 2 else [])))
-        rows.append([f"`{mixer}`", *cells])
-    return table([f"less `{base}`", *(f"{task}, {pairs} pairs" for task, pairs in hard())], rows)
-
-
-def one_head() -> list[str]:
-    """Accuracy on `write-once` with 16 pairs in one head of 32, at each learning rate."""
-    there = read_probes(RESULTS / "probes" / "one_head" / "results.jsonl")
-    found, rates, model = [], RATES["write-once"], {"num_heads": 1, "head_dim": 32}
-    for rate in rates:
-        runs = plan_probes(["write-once"], list(MIXERS), pairs=[16], learning_rates=[rate], model=model, **RECIPE)
-        found.append({x.run.mixer: cell(x) for x in summarise(runs, there)})
-    shown = [mixer for mixer in MIXERS if any(mixer in some for some in found)]
-    rows = [[f"`{mixer}`", *(some.get(mixer, NONE) for some in found)] for mixer in shown]
-    return table(["mixer", *(f"{rate:g}" for rate in rates)], rows)
+    for x in mixers_of([case]):
+        gains = [gain_cell(case, x, base) if x in SEEING else "" for base in bases]
+        if accuracy or x in SEEING:
+            rows.append([f"`{x}`", *[probe_cell(case, x)] * accuracy, *gains])
+    return table(["mixer", *["accuracy, %"] * accuracy, *(f"less `{base}`" for base in bases)], rows)
 
 
 def signals() -> list[str]:
@@ -310,10 +355,14 @@ BLOCKS = {
     "language: equal parameters, content": lambda: content_terms("language_parameters", "parameters"),
     "probes": accuracies,
     "probes: differences": probe_differences,
-    "hard": hard_accuracies,
-    "hard: less carve-blind": lambda: hard_differences(BLIND),
-    "hard: less gdn2": lambda: hard_differences("gdn2"),
-    "one head": one_head,
+    "updates": lambda: gains_of_content(UPDATES, accuracy=True),
+    "hard": lambda: probe_table(titled(HARD)),
+    "hard: less carve-blind": lambda: probe_gains(titled(HARD), BLIND),
+    "hard: less gdn2": lambda: probe_gains(titled(HARD), "gdn2"),
+    "more editing": lambda: probe_table(titled(MORE_EDITING)),
+    "one head": lambda: probe_table(ONE_HEAD),
+    "one head: 32 pairs": lambda: gains_of_content(SMALLEST, accuracy=False),
+    "states": lambda: probe_table(titled(STATES)),
     "signals": signals,
 }
 
@@ -323,26 +372,36 @@ def draw() -> Figure:
     figure = Figure(figsize=(11, 3.4), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
     colours = {mixer: f"C{i % 10}" for i, mixer in enumerate(SHOWN)}
-    found = {label: x for label, x in comparison("language")[1].items() if label in SHOWN}
-    base = found[BLIND].losses("validation")
-    for at, (label, x) in enumerate(found.items()):
-        seeds = [loss - base[seed] for seed, loss in x.losses("validation").items()]
-        left.plot(seeds, [at] * len(seeds), "o", color=colours[label], alpha=0.6)
-        left.plot([statistics.fmean(seeds)] * 2, [at - 0.3, at + 0.3], color=colours[label], linewidth=2)
-    left.set_yticks(range(len(found)), list(found))
+    ways = ("equal width, 0.002", "equal parameters, 0.004")
+    found = [comparison("language")[1], comparison("language_parameters", "parameters")[1]]
+    labels = [label for label in found[0] if label in SHOWN]
+    for way, some, shift in zip(ways, found, (-0.16, 0.16), strict=True):
+        base = some[BLIND].losses("validation")
+        for at, label in enumerate(labels):
+            if label in some:
+                losses = some[label].losses("validation")
+                seeds = [losses[seed] - base[seed] for seed in losses if seed in base]
+                full = {"color": colours[label], "markerfacecolor": "none" if shift > 0 else colours[label]}
+                left.plot(seeds, [at + shift] * len(seeds), "o", markersize=4.5, alpha=0.7, **full)
+                left.plot([statistics.fmean(seeds)] * 2, [at + shift - 0.15, at + shift + 0.15], color=colours[label])
+        left.plot([], [], "o", color="0.4", markersize=4.5, markerfacecolor="none" if shift > 0 else "0.4", label=way)
+    left.legend(fontsize=7, loc="lower left")
+    left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
     left.axvline(0, color="0.5", linewidth=0.8)
     left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
     left.set_title("language: 31 M parameters, 100 M tokens", fontsize=9)
-    probed = {f"{task}\n{pairs} pairs": (task, pairs) for task, pairs in hard()}
-    for i, mixer in enumerate(SHOWN):
-        for at, case in enumerate(probed.values()):
-            if mixer in hard()[case]:
-                seeds = [100 * x for x in hard()[case][mixer].accuracies.values()]
-                place = at + (i - len(SHOWN) // 2) * 0.09
+    cases = {"recall under updates\nforgetting-mqar, 64 pairs": UPDATES}
+    cases |= {"write-once, 32 pairs\ntwo heads of 64": HARD[1], "write-once, 32 pairs\none head of 32": SMALLEST}
+    barred = [mixer for mixer in SHOWN if mixer in probed_at(UPDATES)]
+    for i, mixer in enumerate(barred):
+        for at, case in enumerate(cases.values()):
+            if mixer in probed_at(case):
+                seeds = [100 * x for x in probed_at(case)[mixer].accuracies.values()]
+                place = at + (i - len(barred) // 2) * 0.09
                 right.bar(place, statistics.fmean(seeds), 0.08, color=colours[mixer], alpha=0.6)
                 right.plot([place] * len(seeds), seeds, ".", color="0.2", markersize=3)
-    right.set_xticks(range(len(probed)), list(probed))
+    right.set_xticks(range(len(cases)), list(cases))
     right.set_ylabel("accuracy, %", fontsize=8)
     right.set_title("editing and recall, one layer", fontsize=9)
     patches = [Patch(color=colour, alpha=0.6, label=mixer) for mixer, colour in colours.items()]

@@ -79,13 +79,15 @@ def test_harder_probes_are_shown_at_the_rate_that_validation_chose(results: Modu
             found.setdefault(configuration["learning_rate"], {})[configuration["seed"]] = record
     assert sorted(found) == [0.001, 0.003]
     best = max(found.values(), key=lambda seeds: sum(record["validation"] for record in seeds.values()))
-    assert results.hard()["write-once", 32]["gdn2"].accuracies == {seed: x["accuracy"] for seed, x in best.items()}
+    [case] = [case for case in results.HARD if (case.task, case.pairs) == ("write-once", 32)]
+    assert results.probed_at(case)["gdn2"].accuracies == {seed: x["accuracy"] for seed, x in best.items()}
 
 
-def test_differences_of_harder_probes_are_of_the_same_seeds(results: ModuleType) -> None:
-    case = "forgetting-mqar", 64
-    mine, blind = (results.hard()[case][mixer].accuracies for mixer in ("carve-read", "carve-blind"))
+def test_gains_are_of_the_same_seeds_and_say_how_many(results: ModuleType) -> None:
+    case = results.ONE_HEAD["16 pairs, 10,000 steps, 0.003"]
+    mine, blind = (results.probed_at(case)[mixer].accuracies for mixer in ("carve-read-raw", "carve-blind"))
     assert set(mine) < set(blind)  # a seed is missing
     mean = 100 * sum(mine[seed] - blind[seed] for seed in mine) / len(mine)
-    [row] = [row for row in results.hard_differences("carve-blind") if row.startswith("| `carve-read` |")]
-    assert row.split(" | ")[4].startswith(f"{mean:+.1f} (")
+    shown = results.gain_cell(case, "carve-read-raw", "carve-blind")
+    assert shown.startswith(f"{mean:+.1f} (")
+    assert shown.endswith(", 2 seeds)")
