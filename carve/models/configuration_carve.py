@@ -1,7 +1,6 @@
 """The configuration of a CARVE language model."""
 
 import dataclasses
-import difflib
 import functools
 import math
 from typing import Any
@@ -13,12 +12,25 @@ from transformers import PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 
 from carve.mixer import GATES, SEEING, CarveMixer
+from carve.names import hint
 
 ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
 
 # transformers' own table: its Trainer reads the configuration of a checkpoint without knowing the architecture.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)  # type: ignore[assignment]
+
+# What transformers writes into a config.json, or reads from it, and has no field for.
+WRITTEN = (
+    "auto_map",
+    "custom_pipelines",
+    "distributed_config",
+    "fusion_config",
+    "quantization_config",
+    "tokenizer_class",
+    "transformers_weights",
+)
+OTHER_NAMES = {"d_model": "hidden_size", "gates": "layer_types"}  # too far from ours to be guessed
 
 
 def with_value_errors(config_class: type) -> type:
@@ -70,7 +82,7 @@ class CarveConfig(PreTrainedConfig):
         tie_word_embeddings: use the embeddings as output layer too.
 
     Raises:
-        ValueError: a name or a value is not one of those above.
+        ValueError: a name is neither one of those above nor of transformers' own, or a value is not as it should be.
     """
 
     model_type = "carve"
@@ -111,11 +123,6 @@ class CarveConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        names = [field.name for field in dataclasses.fields(self)]
-        for name in kwargs:  # others are transformers' affair
-            near = ["layer_types"] if name == "gates" else difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-            if near:
-                raise ValueError(f"CarveConfig has no field {name!r}; did you mean {near[0]!r}?")
         if self.num_attention_heads is None:
             self.num_attention_heads = self.num_heads
         if self.num_key_value_heads is None:
@@ -123,6 +130,10 @@ class CarveConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = ["carve"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+        for name in kwargs:  # transformers has taken out those that it knows, and kept all others
+            if name in vars(self) and not (name.startswith("_") or name in WRITTEN or hasattr(type(self), name)):
+                known = [field.name for field in dataclasses.fields(self)]
+                raise ValueError(f"CarveConfig has no field {name!r}{hint(OTHER_NAMES.get(name, name), known)}")
         self.check()
 
     def check(self) -> None:

@@ -1,8 +1,10 @@
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from carve import CarveConfig
@@ -16,6 +18,28 @@ def test_a_configuration_comes_back(tmp_path: Path) -> None:
     assert isinstance(again, CarveConfig)
     assert again.to_diff_dict() == config.to_diff_dict()
     assert again.rope_parameters["rope_theta"] == 5e5
+
+
+def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
+    tiny_config(["full_attention"], name_or_path="here", attn_implementation="eager").save_pretrained(tmp_path)
+    kept = {
+        "auto_map": {"AutoModel": "modeling.Model"},
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "architectures": ["CarveForCausalLM"],
+    }
+    of_old = {"torch_dtype": "bfloat16", "num_labels": 3, "max_length": 20, "do_sample": True, "_name_or_path": "there"}
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text()) | kept | of_old
+    path.write_text(json.dumps(written))
+    again = AutoConfig.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert {name: getattr(again, name) for name in kept} == kept
+    assert (again.dtype, again.num_labels, again._attn_implementation) == (torch.bfloat16, 3, "sdpa")
+    assert tiny_config(["full_attention"], rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
+
+    path.write_text(json.dumps(written | {"content_decay": 0.5}))  # of a newer version, say
+    with pytest.raises(ValueError, match="CarveConfig has no field 'content_decay'"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_what_is_left_out_follows_from_the_rest() -> None:
@@ -34,6 +58,9 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
         ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),
         ({"gates": "kda"}, "CarveConfig has no field 'gates'; did you mean 'layer_types'?"),  # CarveMixer's names
         ({"norm_eps": 1e-6}, "CarveConfig has no field 'norm_eps'; did you mean 'rms_norm_eps'?"),
+        ({"num_layers": 2}, "CarveConfig has no field 'num_layers'; did you mean 'num_hidden_layers'?"),
+        ({"d_model": 64}, "CarveConfig has no field 'd_model'; did you mean 'hidden_size'?"),
+        ({"use_short_conv": True}, "CarveConfig has no field 'use_short_conv'"),
         ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str (value: '32')"),
         ({"content": 3}, "Field 'content' with value 3 doesn't match any type in"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
