@@ -68,7 +68,8 @@ def chunk_carve(
 
     Args:
         q: queries, `[B, T, H, K]`, any float dtype.
-        k: keys, `[B, T, H, K]`, any float dtype, of unit L2 norm over K unless `qk_l2norm`.
+        k: keys, `[B, T, H, K]`, any float dtype, of unit L2 norm over K unless `qk_l2norm`. With erase gates in (0, s),
+            norms above sqrt(2 / s) would make what is erased grow instead: an error (checked on a CPU only).
         v: values, `[B, T, HV, V]`, any float dtype; HV a multiple of H.
         g: log-decay (natural log), `[B, T, H, K]` or `[B, T, HV, K]`, finite and <= 0 (checked on a CPU only).
         e: erase-gate logit from the token, `[B, T, H, K]` or `[B, T, HV, K]`.
@@ -418,6 +419,12 @@ def check_values(x: Tokens, p: Projections, state: CarveState | None, options: O
         if not (low > -float("inf") and high <= 0):
             error = ValueError if isfinite(low) and isfinite(high) else NotFinite
             raise error(f"g has values from {low} to {high}, expected finite log-decays <= 0")
+    if x.k.device.type == "cpu" and x.k.numel() and not options.qk_l2norm:
+        # Along k the erase multiplies by 1 - b |k|^2. A NaN passes, as in q and v; 1 % is room for keys in bf16.
+        longest = float(torch.linalg.vector_norm(x.k.detach(), dim=-1, dtype=options.dtype).max())
+        if longest > 1.01 * (2 / (2 if options.allow_neg_eigval else 1)) ** 0.5:
+            error = ValueError if isfinite(longest) else NotFinite
+            raise error(f"k has L2 norms up to {longest:.4g}, expected 1: pass qk_l2norm=True, or normalise it over K")
     if state is None:
         shapes = state_shapes(x, p, options, N).values()
         memory, content, content_sum = each(lambda s: x.v.new_zeros(s[1], dtype=options.dtype), shapes)

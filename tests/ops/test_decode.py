@@ -130,6 +130,7 @@ BAD = [
     ({"state": None}, "state is NoneType, expected a CarveState"),
     ({"k": torch.ones(3, 6, 2, 4)}, "k has shape [3, 6, 2, 4], expected [B, T, H, K] = [3, 6, 2, 5]"),
     ({"g": torch.ones(3, 6, 2, 5)}, "g has values from 1.0 to 1.0, expected finite log-decays <= 0"),
+    ({"k": torch.ones(3, 6, 2, 5), "qk_l2norm": False}, "k has L2 norms up to 2.236, expected 1: pass qk_l2norm=True"),
     ({"content": "read"}, "state.content has shape [3, 4, 3], expected [N, HV, K, R] = [3, 4, 5, 3]"),
     ({"chunk_size": 1}, "expected values from 0 to below chunk_size = 1"),
     ({"update": 1}, "update is 1, expected True or False"),

@@ -203,6 +203,36 @@ def test_decay_bounds_are_allowed(op) -> None:
         assert torch.isfinite(o).all()
 
 
+UNIT = Case(B=2, T=200, H=2, K=16, V=4, content=None, write=None, decay="none", gates="infinite", qk_l2norm=False)
+
+
+@pytest.mark.parametrize("op", [chunk_carve, recurrent_carve, carve_gates])
+@pytest.mark.parametrize(("neg", "limit"), [(False, 2**0.5), (True, 1.0)])
+def test_keys_that_would_make_the_memory_grow_are_refused(op, neg: bool, limit: float) -> None:
+    """To just the length at which the erase begins to overshoot by more than there is."""
+    arguments = UNIT.arguments() | {"allow_neg_eigval": neg}
+    del arguments["initial_state"]
+    k = arguments["k"]
+    for bad in (1.02 * limit, 100.0):
+        with pytest.raises(ValueError, match=re.escape(f"k has L2 norms up to {bad:.4g}, expected 1: pass qk_l2norm")):
+            op(**arguments | {"k": bad * k})
+        op(**arguments | {"k": bad * k, "qk_l2norm": True})
+    if op is not carve_gates:
+        again = {"k": limit * k[:, :1].expand_as(k), "v": torch.zeros_like(arguments["v"])}
+        begin = Case(**{**vars(UNIT), "started": True}).arguments()["initial_state"]
+        # with one key the memory under it swings between two values at the limit; beyond, it would double and double
+        _, state = op(**arguments | again | {"initial_state": begin, "output_final_state": True})
+        assert state.memory.abs().max() < 10 * begin.memory.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_keys_may_be_rounded_or_short_or_nan(dtype: torch.dtype) -> None:
+    arguments = UNIT.arguments(dtype) | {"allow_neg_eigval": True}
+    even = torch.full_like(arguments["k"], 0.2501)  # all rounded the same way
+    for k in (arguments["k"], even / even.norm(dim=-1, keepdim=True), 0 * even, NAN * even):
+        chunk_carve(**arguments | {"k": k})
+
+
 @pytest.mark.parametrize(("bad", "runaway"), [(NAN, True), (-INF, True), (0.5, False)])
 def test_numbers_that_ran_away_can_be_told_from_a_wrong_sign(bad: float, runaway: bool) -> None:
     """Both are a ValueError; what trains models asks for the first."""
@@ -210,3 +240,5 @@ def test_numbers_that_ran_away_can_be_told_from_a_wrong_sign(bad: float, runaway
     with pytest.raises(ValueError, match="g has values from") as caught:
         chunk_carve(**arguments | {"g": torch.full_like(arguments["g"], bad)})
     assert isinstance(caught.value, FloatingPointError) == runaway
+    with pytest.raises(FloatingPointError, match="k has L2 norms up to inf, expected 1"):
+        chunk_carve(**arguments | {"k": torch.full_like(arguments["k"], INF), "qk_l2norm": False})
