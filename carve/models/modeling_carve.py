@@ -87,7 +87,7 @@ def lay_out(
         bounds = check_cu_seqlens(cu_seqlens, B, T).to(device)
         places = (torch.arange(T, device=device) - bounds[:-1].repeat_interleave(bounds.diff())).unsqueeze(0)
         if position_ids is not None and not torch.equal(position_ids, places):
-            raise ValueError("position_ids and cu_seqlens say different things, expected one of them, or the same")
+            raise ValueError("position_ids or seq_idx and cu_seqlens say different things, expected one, or the same")
         return Layout(None, bounds, places)
     if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
         raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
@@ -124,6 +124,32 @@ def lay_out(
         cu_seqlens = nn.functional.pad(restarts.flatten().nonzero().flatten(), (0, 1), value=B * T)
         return Layout(None, cu_seqlens, position_ids)
     return Layout(None, None, position_ids)
+
+
+def agree_on_packing(
+    B: int, T: int, position_ids: Tensor | None, seq_idx: Tensor | None, bounds: dict[str, Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What transformers' names say of packed documents, as `position_ids` and `cu_seqlens`.
+
+    Args:
+        bounds: `cu_seqlens` under all of its names.
+
+    Raises:
+        ValueError: they do not fit the batch or each other.
+    """
+    given = {name: y for name, y in bounds.items() if y is not None}
+    if len(given) > 1 and len({tuple(y.tolist()) for y in given.values()}) > 1:
+        raise ValueError(f"{' and '.join(given)} say different things, expected one of them, or the same")
+    if seq_idx is not None:
+        if seq_idx.shape not in ((B, T), (1, T)):
+            raise ValueError(f"seq_idx has shape {list(seq_idx.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
+        begins = nn.functional.pad(seq_idx.diff() != 0, (1, 0), value=True)
+        places = torch.arange(T, device=seq_idx.device).expand_as(begins)
+        places = places - places.masked_fill(~begins, 0).cummax(-1).values
+        if position_ids is not None and not bool((position_ids == places).all()):
+            raise ValueError("position_ids and seq_idx say different things, expected one of them, or the same")
+        position_ids = places
+    return position_ids, next(iter(given.values()), None)
 
 
 class CarveBlock(GradientCheckpointingLayer):
@@ -213,6 +239,13 @@ class CarveModel(CarvePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """Run the blocks.
 
@@ -226,10 +259,19 @@ class CarveModel(CarvePreTrainedModel):
             output_hidden_states: also return the stream before each block and behind the last norm. By default
                 `config.output_hidden_states`.
             cu_seqlens: `[N + 1]` int32 or int64, for N documents packed into B = 1.
+            cu_seq_lens_q, cu_seq_lens_k: the same, under transformers' names.
+            max_length_q, max_length_k: at least the tokens of the longest document.
+            seq_idx: `[B, T]`, the same number for all tokens of a document.
+            token_type_ids: as many tokenizers make them, all 0.
+            output_attentions: not True: there are no weights to return. By default `config.output_attentions`.
 
         Raises:
             ValueError: arguments that do not fit the batch or each other.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions is True, expected False: the model has no attention weights to return")
+        if token_type_ids is not None and bool(token_type_ids.any()):
+            raise ValueError("token_type_ids has values other than 0, expected only 0: the model knows no types")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -244,7 +286,13 @@ class CarveModel(CarvePreTrainedModel):
             past = past_key_values.get_seq_length()
         assert self.config.layer_types is not None
         window = "sliding_attention" in self.config.layer_types
+        bounds = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
+        position_ids, cu_seqlens = agree_on_packing(B, T, position_ids, seq_idx, bounds)
         layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens, window)
+        for name, longest in (("max_length_q", max_length_q), ("max_length_k", max_length_k)):
+            most = T if layout.cu_seqlens is None else layout.cu_seqlens.diff().max()
+            if longest is not None and longest < most:
+                raise ValueError(f"{name} is {longest}, expected at least {most}, as the longest document has tokens")
         packed = layout.cu_seqlens is not None and layout.tokens is None
         if packed and (use_cache or past_key_values is not None):
             raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
@@ -313,6 +361,7 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens.
 
@@ -342,6 +391,7 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            **others,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, keep]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DataCollatorWithFlattening
 
 from carve import CarveForCausalLM, CarveModel, mixer
 from carve.ops import chunk_carve
@@ -187,6 +187,23 @@ def test_packed_documents_are_each_alone(kind: str, dtype: torch.dtype) -> None:
     assert error(logits_of(model, ids), alone) > tolerance("op_content_effect")
 
 
+@pytest.mark.parametrize("kind", ["read", "hybrid"])
+@pytest.mark.parametrize("position_ids", [True, False])
+@pytest.mark.parametrize(("bounds", "seq_idx"), [(True, True), (True, False), (False, True)])
+def test_what_a_flattening_collator_makes_has_the_loss_of_each_alone(
+    kind: str, position_ids: bool, bounds: bool, seq_idx: bool
+) -> None:
+    model, samples = tiny(kind), [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in LENGTHS]
+    batch = DataCollatorWithFlattening(
+        return_position_ids=position_ids, return_flash_attn_kwargs=bounds, return_seq_idx=seq_idx
+    )(samples)
+    scored = [(n - 1, torch.tensor([sample["input_ids"]])) for n, sample in zip(LENGTHS, samples, strict=True) if n > 1]
+    expected = sum(n * model(ids, labels=ids).loss for n, ids in scored) / sum(n for n, _ in scored)
+    assert_near(model(**batch).loss, expected, "model_float32")  # as transformers' losses are
+    leaky = model(batch["input_ids"], labels=batch["labels"]).loss
+    assert error(leaky, expected) > 10 * tolerance("model_float32")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_packed_documents_are_each_alone(kind: str) -> None:
     model, other = tiny(kind), [9, 1, 6]
@@ -195,6 +212,8 @@ def test_rows_of_packed_documents_are_each_alone(kind: str) -> None:
     alone = [torch.cat([logits_of(model, x) for x in ids.split(lengths, dim=1)], 1) for ids, lengths in rows]
     ids, position_ids = torch.cat([ids for ids, _ in rows]), torch.cat([places, other_places, places])
     assert_near(logits_of(model, ids, position_ids=position_ids), torch.cat(alone))
+    seq_idx = (position_ids == 0).cumsum(1)
+    assert_near(logits_of(model, ids, seq_idx=seq_idx), torch.cat(alone))
     same = logits_of(model, ids[[0, 2]], position_ids=places)  # one line of positions for all rows
     assert_near(same, torch.cat([alone[0], alone[2]]))
 
@@ -368,6 +387,9 @@ def test_the_compiled_model_is_the_model() -> None:
         ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens needs B = 1"),
         ({"labels": tokens(2, 9), "logits_to_keep": 4}, r"expected \[B, T or logits_to_keep\] = \[2, 4\]"),
         ({"use_cache": True, "position_ids": torch.arange(9)[None] % 5}, "use_cache was asked for packed documents"),
+        ({"seq_idx": torch.zeros(2, 8)}, r"seq_idx has shape \[2, 8\], expected \[B, T\] = \[2, 9\]"),
+        ({"output_attentions": True}, "output_attentions is True, expected False"),
+        ({"token_type_ids": torch.ones(2, 9)}, "token_type_ids has values other than 0"),
     ],
 )
 def test_bad_inputs_are_named(inputs: dict[str, Any], message: str) -> None:
@@ -384,11 +406,31 @@ def test_bad_cu_seqlens_are_named(bounds: list[int]) -> None:
             tiny(kind)(tokens(1, 9), cu_seqlens=torch.tensor(bounds))
 
 
+def test_a_misspelt_input_is_not_swallowed() -> None:
+    with pytest.raises(TypeError, match="seq_id"):
+        tiny("hybrid")(tokens(1, 9), seq_id=torch.zeros(1, 9))
+
+
+def test_what_tokenizers_and_callers_give_by_habit_is_taken() -> None:
+    model, ids = tiny("hybrid"), tokens(2, 9)
+    habits = {"token_type_ids": torch.zeros_like(ids), "output_attentions": False}
+    assert torch.equal(logits_of(model, ids, **habits), logits_of(model, ids))
+
+
 def test_inputs_that_contradict_each_other_are_named() -> None:
     model, ids = tiny("hybrid"), tokens(1, 9)
     places = torch.arange(9)[None]
-    with pytest.raises(ValueError, match="position_ids and cu_seqlens say different things"):
-        model(ids, position_ids=places, cu_seqlens=torch.tensor([0, 4, 9]))
+    bounds, halves = torch.tensor([0, 4, 9]), torch.tensor([[0] * 4 + [1] * 5])
+    for inputs, message in (
+        ({"position_ids": places, "cu_seqlens": bounds}, "position_ids or seq_idx and cu_seqlens say different things"),
+        ({"seq_idx": 0 * halves, "cu_seq_lens_q": bounds}, "position_ids or seq_idx and cu_seqlens say different"),
+        ({"seq_idx": halves, "position_ids": places}, "position_ids and seq_idx say different things"),
+        ({"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds[[0, 2]]}, "cu_seq_lens_q and cu_seq_lens_k say different"),
+        ({"cu_seqlens": bounds, "max_length_k": 4}, "max_length_k is 4, expected at least 5"),
+        ({"max_length_q": 8}, "max_length_q is 8, expected at least 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **inputs)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=model.model.embed_tokens(ids))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
