@@ -14,6 +14,7 @@ from carve.models.configuration_carve import CarveConfig
 from carve.models.modeling_carve import CarveForCausalLM
 
 logger = logging.getLogger(__name__)
+reports = logging.getLogger("transformers.modeling_utils")
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
@@ -53,16 +54,25 @@ def load_checkpoint(
 
     Raises:
         OSError: no such folder.
-        ValueError: another architecture, half written, weights that do not fit config.json, or no tokenizer that fits.
+        ValueError: another architecture, half written, a config.json that is wrong or does not fit the weights, or no
+            tokenizer that fits.
     """
     folder = find_checkpoint(folder)
+    try:
+        config = CarveConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} has no tokenizer: expected tokenizer.json and tokenizer_config.json") from error
-    loaded: Any = CarveForCausalLM.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    reports.addFilter(is_error)
+    try:
+        loaded: Any = CarveForCausalLM.from_pretrained(
+            folder, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        reports.removeFilter(is_error)
     model, info = loaded
     sized = [name for name, *_ in info["mismatched_keys"]]
     for found, what in (
@@ -79,6 +89,11 @@ def load_checkpoint(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def is_error(record: logging.LogRecord) -> bool:
+    """Not transformers' table of the weights that do not fit: what is raised for them says it in one line."""
+    return record.levelno >= logging.ERROR
 
 
 def _check_complete(folder: Path) -> None:

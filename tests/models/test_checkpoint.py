@@ -104,13 +104,19 @@ def test_a_missing_shard_is_noticed(folder: Path) -> None:
         ({"num_hidden_layers": 2, "layer_types": ["carve"] * 2}, r"lacks \d+ of the model's weights: model.layers.1"),
         ({"vocab_size": 300}, "has 1 weights of another size than its config.json says: model.embed_tokens.weight"),
         ({"content": None}, "has 2 weights that are none of the model's in its config.json: "),
+        ({"num_hidden_layers": 2}, r"model/config\.json: layer_types has 1 entries, expected num_hidden_layers = 2"),
+        ({"num_hidden_layers": "1"}, r"model/config\.json: Field 'num_hidden_layers' expected int, got str"),
+        ({"newer": 1}, r"model/config\.json: CarveConfig has no field 'newer'"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(folder: Path, fields: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_named_in_one_line(
+    folder: Path, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], message: str
+) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
+    assert not caplog.messages  # no report of transformers besides
 
 
 def test_no_tokenizer_is_said(folder: Path) -> None:
