@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from carve.models.configuration_carve import check_positions
+
 
 def generate_text(
     model: PreTrainedModel,
@@ -36,7 +38,7 @@ def generate_text(
         the continuation, without the prompt.
 
     Raises:
-        ValueError: an argument out of range, or an empty prompt.
+        ValueError: an argument out of range, an empty prompt, or more tokens than full attention has positions for.
     """
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character")
@@ -54,6 +56,7 @@ def generate_text(
         ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens")
+    check_positions(model.config, len(ids) + max_new_tokens)
     row = torch.tensor([ids], device=model.device)  # [1, T]
     # top_k=0: transformers would otherwise sample among the 50 likeliest only.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

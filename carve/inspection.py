@@ -17,6 +17,7 @@ from carve.extras import need
 from carve.files import check_parent, replacing
 from carve.mixer import CarveMixer
 from carve.models.checkpoint import load_checkpoint
+from carve.models.configuration_carve import check_positions
 from carve.ops import carve_gates
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def trace_gates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     thousands of tokens at most.
 
     Raises:
-        ValueError: an empty text, or a model without recurrent layers.
+        ValueError: an empty text, one of more tokens than full attention has positions for, or no recurrent layers.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
@@ -121,6 +122,7 @@ def trace_gates(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     if not mixers:
         raise ValueError("the model has no recurrent layer to inspect, only attention")
     first = 0 if tokenizer.bos_token_id is None else 1
+    check_positions(model.config, first + len(ids))
     row = torch.tensor([[tokenizer.bos_token_id] * first + ids], device=model.device)  # [1, T]
 
     inputs: dict[str, torch.Tensor] = {}

@@ -135,3 +135,14 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         generate_text(model, tokenizer, **({"prompt": "x"} | arguments))
+
+
+def test_full_attention_ends_where_its_positions_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"vocab_size": 258, "hidden_size": 16, "num_heads": 1, "head_dim": 8, "intermediate_size": 16}
+    fields = sizes | {"num_hidden_layers": 1, "max_position_embeddings": 16}
+    model = CarveForCausalLM(CarveConfig(**fields, layer_types=["full_attention"]))
+    generate_text(model, tokenizer, "1234567890", max_new_tokens=5)  # with the BOS token, 16
+    with pytest.raises(ValueError, match="sequences of 17 tokens, but the model has max_position_embeddings = 16"):
+        generate_text(model, tokenizer, "1234567890", max_new_tokens=6)
+    for layer_type in ("carve", "sliding_attention"):
+        generate_text(CarveForCausalLM(CarveConfig(**fields, layer_types=[layer_type])), tokenizer, "1234567890")

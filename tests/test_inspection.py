@@ -69,6 +69,15 @@ def test_the_trace_is_of_the_gates_that_the_model_applies(special: dict[str, str
     assert (np.abs(first.erase - blind.erase) <= first.erase_shift + ROUNDING).all()
 
 
+def test_full_attention_ends_where_its_positions_end() -> None:
+    fields, tokenizer = {"max_position_embeddings": 9}, make_tokenizer(bos_token="<s>")
+    hybrid = make_model(["carve", "full_attention"], **fields)
+    trace_gates(hybrid, tokenizer, "x" * 8)
+    with pytest.raises(ValueError, match="sequences of 10 tokens, but the model has max_position_embeddings = 9"):
+        trace_gates(hybrid, tokenizer, "x" * 9)
+    trace_gates(make_model(["carve"], **fields), tokenizer, "x" * 9)
+
+
 @pytest.mark.parametrize("neg", [False, True])
 def test_what_the_content_adds_to_the_logits(neg: bool) -> None:
     """The "mean" adds the same to all tokens of a chunk: to all that see any, as long as that is one chunk."""

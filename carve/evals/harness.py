@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from carve.evals.context import batches, check_context, longest_context, pad_rows
+from carve.evals.context import batches, check_context, pad_rows
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
+from carve.models.configuration_carve import longest_context
 from carve.models.modeling_carve import CarveForCausalLM
 from carve.names import hint
 

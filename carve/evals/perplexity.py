@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.evals.context import longest_context
+from carve.models.configuration_carve import longest_context
 from carve.text import tokenize_stream
 
 

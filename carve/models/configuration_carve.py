@@ -213,3 +213,16 @@ class CarveConfig(PreTrainedConfig):
             "allow_neg_eigval": self.allow_neg_eigval,
             "norm_eps": self.rms_norm_eps,
         }
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens that full attention may see, in the model of any configuration of transformers; None for any number."""
+    full = "full_attention" in (getattr(config, "layer_types", None) or ["full_attention"])
+    return getattr(config, "max_position_embeddings", None) if full else None
+
+
+def check_positions(config: Any, tokens: int) -> None:
+    """Raise ValueError where sequences of so many tokens have more positions than full attention knows."""
+    longest = longest_context(config)
+    if longest is not None and tokens > longest:
+        raise ValueError(f"sequences of {tokens} tokens, but the model has max_position_embeddings = {longest}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -18,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from carve.mixer import CarveMixer, GatedRMSNorm, ShortConvolution
 from carve.models.cache_carve import CarveCache, check_cache
-from carve.models.configuration_carve import ATTENTION, CarveConfig
+from carve.models.configuration_carve import ATTENTION, CarveConfig, longest_context
 from carve.ops.api import check_cu_seqlens
 
 
@@ -421,6 +422,23 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         if kwargs.get("is_first_iteration") and mask is not None and (mask.any(1) & (mask[:, -1] == 0)).any():
             raise ValueError("attention_mask has padding behind a prompt, expected it before: padding_side='left'")
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
+    # `generate` takes max_position_embeddings for a limit of every model; here it is one of full attention only.
+
+    def _prepare_generated_length(self, generation_config: Any, **lengths: Any) -> Any:  # type: ignore[override]
+        default = generation_config.max_length
+        prepared = super()._prepare_generated_length(generation_config, **lengths)  # type: ignore[misc]
+        unlimited = longest_context(self.config) is None
+        if unlimited and lengths["has_default_max_length"] and prepared.max_new_tokens is None:
+            prepared.max_length = default + lengths["input_ids_length"]
+        return prepared
+
+    def _get_stopping_criteria(self, **arguments: Any) -> StoppingCriteriaList:  # type: ignore[override]
+        criteria = super()._get_stopping_criteria(**arguments)  # type: ignore[misc]
+        for each in criteria:
+            if isinstance(each, MaxLengthCriteria):
+                each.max_position_embeddings = longest_context(self.config)
+        return criteria
 
     def head_loss(self, hidden: Tensor, **scored: Any) -> Tensor:
         """Output layer and loss as one, which `torch.compile` makes with one copy of the logits."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from carve import CarveForCausalLM
 from carve.models import CarveCache
-from tests.models.tiny import KINDS, RECURRENT, VOCAB, assert_near, tiny, tokens
+from tests.models.tiny import KINDS, RECURRENT, VOCAB, assert_near, make_model, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -197,3 +197,15 @@ def test_generation_behind_padding_is_refused() -> None:
     longer = torch.cat([ids, tokens(2, 3, seed=2)], 1)
     behind["attention_mask"] = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], 1)
     assert tiny("read").generate(longer, max_new_tokens=2, pad_token_id=0, **behind).shape == (2, 14)
+
+
+@pytest.mark.parametrize("kind", ["attention_first", "hybrid"])
+def test_only_full_attention_has_a_limit(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = make_model(KINDS[kind][0], max_position_embeddings=16), tokens(1, 14)
+    caplog.set_level("WARNING")
+    model.generate(ids, max_new_tokens=4)
+    assert ("predefined maximum length (16)" in caplog.text) == (kind == "hybrid")
+    assert model.generate(ids).shape[1] == (16 if kind == "hybrid" else 34)  # 20 new tokens if nothing else is said
+    if kind != "hybrid":
+        assert model.generate(tokens(1, 30), max_length=35).shape[1] == 35
+        assert model.generate(tokens(1, 30)).shape[1] == 50
