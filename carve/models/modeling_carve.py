@@ -440,6 +440,12 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
                 each.max_position_embeddings = longest_context(self.config)
         return criteria
 
+    def _prepare_static_cache(self, cache_implementation: str, **arguments: Any) -> Any:  # type: ignore[override]
+        raise ValueError(
+            f"cache_implementation is {cache_implementation!r}, expected None: recurrent layers are cached by their "
+            "state, which never grows, and which generate makes by itself (a CarveCache as past_key_values goes on)"
+        )
+
     def head_loss(self, hidden: Tensor, **scored: Any) -> Tensor:
         """Output layer and loss as one, which `torch.compile` makes with one copy of the logits."""
         return self.loss_from(self.lm_head(hidden), **scored)

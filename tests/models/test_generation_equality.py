@@ -209,3 +209,12 @@ def test_only_full_attention_has_a_limit(kind: str, caplog: pytest.LogCaptureFix
     if kind != "hybrid":
         assert model.generate(tokens(1, 30), max_length=35).shape[1] == 35
         assert model.generate(tokens(1, 30)).shape[1] == 50
+
+
+@pytest.mark.parametrize("kind", ["mean", "hybrid"])
+def test_static_caches_are_refused(kind: str) -> None:
+    for name in ("static", "offloaded_static"):
+        with pytest.raises(ValueError, match=f"cache_implementation is '{name}', expected None: recurrent layers"):
+            tiny(kind).generate(tokens(1, 5), max_new_tokens=2, cache_implementation=name)
+    ids = tiny(kind).generate(tokens(1, 5), max_new_tokens=2, cache_implementation="dynamic", do_sample=False)
+    assert torch.equal(ids, tiny(kind).generate(tokens(1, 5), max_new_tokens=2, do_sample=False))
