@@ -113,10 +113,10 @@ def _with_fields(command: Callable[..., None]) -> Callable[..., None]:
         "resume": Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")],
     }
     for each in dataclasses.fields(TrainConfig):
-        # Escaped: rich takes a bare [...] for markup.
-        default = "" if each.default in (dataclasses.MISSING, None) else rf"  \[default: {each.default}]"
+        default = "" if each.default in (dataclasses.MISSING, None) else f"  [default: {each.default}]"
+        shown = (each.metadata["help"] + default).replace("[", r"\[")  # rich takes a bare [...] for markup
         kind = list[str] if each.name == "model" else each.type
-        options[each.name] = Annotated[kind | None, typer.Option(help=each.metadata["help"] + default)]  # type: ignore[operator]
+        options[each.name] = Annotated[kind | None, typer.Option(help=shown)]  # type: ignore[operator]
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in options.items()
     ]

@@ -34,11 +34,13 @@ OTHER_NAMES = {"d_model": "hidden_size", "gates": "layer_types"}  # too far from
 
 
 def with_value_errors(config_class: type) -> type:
-    """What `strict` finds wrong, as the ValueError that says so in one line."""
+    """What `strict` finds wrong, as the ValueError that says so in one line, and how a list is written."""
     init = config_class.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        if isinstance(names := fields.get("layer_types"), str):
+            raise ValueError(f"layer_types is {names!r}, expected a list, [{names}]")
         try:
             init(self, *args, **fields)
         except StrictDataclassError as error:
@@ -129,6 +131,9 @@ class CarveConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = ["carve"] * self.num_hidden_layers
+        for name in self.layer_types:  # before transformers takes "attention" for "full_attention"
+            if name not in LAYER_TYPES:
+                raise ValueError(f"layer_types has {name!r}, expected only {', '.join(map(repr, LAYER_TYPES))}")
         super().__post_init__(**kwargs)
         for name in kwargs:  # transformers has taken out those that it knows, and kept all others
             if name in vars(self) and not (name.startswith("_") or name in WRITTEN or hasattr(type(self), name)):
@@ -154,9 +159,6 @@ class CarveConfig(PreTrainedConfig):
                 f"pad_token_id is {self.pad_token_id}, expected None or from 0 to below vocab_size = {self.vocab_size}"
             )
         assert self.layer_types is not None
-        for name in self.layer_types:
-            if name not in LAYER_TYPES:
-                raise ValueError(f"layer_types has {name!r}, expected only {', '.join(map(repr, LAYER_TYPES))}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, "

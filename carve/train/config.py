@@ -73,7 +73,10 @@ class TrainConfig:
     )
     tokenizer: str = _option("'bytes' (nothing to download), or a tokenizer's folder or Hub name.", "bytes")
     model: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "NAME=VALUE of CarveConfig, e.g. hidden_size=256; repeat for more."}
+        default_factory=dict,
+        metadata={
+            "help": "NAME=VALUE of CarveConfig, as hidden_size=256 or 'layer_types=[carve,gdn]'; repeat for more."
+        },
     )
     out: str = _option("Folder of the run: config.yaml, metrics.jsonl, checkpoint-N, tensorboard.", "runs/train")
     cache: str | None = _option("Folder for the tokenised text, to share between runs; by default in the run's.", None)

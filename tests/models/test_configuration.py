@@ -53,6 +53,8 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
     ("fields", "message"),
     [
         ({"layer_types": ["carve", "rwkv"]}, "layer_types has 'rwkv', expected only 'carve', 'carve_value'"),
+        ({"layer_types": ["carve", "attention"]}, "layer_types has 'attention', expected only 'carve', 'carve_value'"),
+        ({"layer_types": "carve,gdn"}, "layer_types is 'carve,gdn', expected a list, [carve,gdn]"),
         ({"layer_types": ["carve"]}, "layer_types has 1 entries, expected num_hidden_layers = 2"),
         ({"chunk_sise": 8}, "CarveConfig has no field 'chunk_sise'; did you mean 'chunk_size'?"),
         ({"contentnorm": None}, "CarveConfig has no field 'contentnorm'; did you mean 'content_norm'?"),
