@@ -38,11 +38,11 @@ class LayerGates:
         layer_type: as in `CarveConfig.layer_types`.
         erase: `b`, mean over key channels: the share of what is held under the key that is erased.
         erase_spread: standard deviation of `b` over the key channels; 0 where one gate serves the whole head.
-        write: `a`; None where the write gate has one number a value. Of a "carve_value" layer whose write gate sees the
-            content, half the factor that the content puts on it: 0.5 where there is none.
+        write: `a`; where the write gate has one number a value, the mean over values.
         keep: `exp(g)`, mean over key channels: the share of memory that outlives the token.
         erase_shift: `|b - b without content|`, mean over key channels; None in a layer without content.
-        write_shift: `|a - a without content|`; None where the write gate does not see the content.
+        write_shift: `|a - a without content|`; None where the write gate does not see the content. Of a "carve_value"
+            layer, by how much the content moves half the factor that it puts on the values, from 0.5.
         same: `[HV]`, of what the content adds to the erase logits, the share (of its mean square) that is the same for
             every token: no more than a bias. None without content, or if no token sees any.
         beside: `[HV]`, the standard deviation over tokens of what it adds, over that of the token's own logits.
@@ -52,7 +52,7 @@ class LayerGates:
     layer_type: str
     erase: np.ndarray
     erase_spread: np.ndarray
-    write: np.ndarray | None
+    write: np.ndarray
     keep: np.ndarray
     erase_shift: np.ndarray | None
     write_shift: np.ndarray | None
@@ -167,6 +167,12 @@ def _layer_gates(index: int, layer_type: str, mixer: CarveMixer, x: torch.Tensor
     """The gates from the layer's input `[1, T, D]`, less the `first` tokens of it."""
     op, _ = mixer.project(x)
     b, a, b_blind, a_blind = carve_gates(**op)  # b [1, T, HV, K], a [1, T, HV]
+    write = a
+    if mixer.gates["write"] == "value":  # which the layer has put on v: the op has the content's factor alone, if that
+        assert mixer.write_proj is not None
+        values = mixer.write_proj(x).sigmoid().view(op["v"].shape)
+        write = values if a is None else 2 * a.unsqueeze(-1) * values  # [1, T, HV, V]
+    assert write is not None
     keep = op["g"].exp().repeat_interleave(b.shape[2] // op["g"].shape[2], dim=2)  # [1, T, HV, K]
 
     def array(y: torch.Tensor) -> np.ndarray:
@@ -184,7 +190,7 @@ def _layer_gates(index: int, layer_type: str, mixer: CarveMixer, x: torch.Tensor
         layer_type=layer_type,
         erase=array(b),
         erase_spread=array(b.std(-1, correction=0)),
-        write=None if a is None else array(a),
+        write=array(write),
         keep=array(keep),
         erase_shift=None if mixer.p_down is None else array((b - b_blind).abs()),
         write_shift=None if mixer.p_write is None or a is None or a_blind is None else array((a - a_blind).abs()),
@@ -225,7 +231,7 @@ def draw_gates(trace: GateTrace, out: str | os.PathLike[str], *, title: str = ""
     columns: list[tuple[str, str, list[Any], Any, str]] = [
         ("erase gate b", "mean over key channels", [x.erase for x in layers], Normalize(0, trace.erase_limit), "magma"),
         ("spread of b", "standard deviation over key channels", spread, Normalize(0, _largest(spread)), "magma"),
-        ("write gate a", "a", [x.write for x in layers], Normalize(0, 1), "viridis"),
+        ("write gate a", "a, mean over values if one each", [x.write for x in layers], Normalize(0, 1), "viridis"),
         ("decay exp(g)", "mean over key channels (log scale of 1 - exp g)", forgotten, LogNorm(low, high), "cividis_r"),
     ]
     heard = f"from token {trace.content_from + 1} on, the second chunk"

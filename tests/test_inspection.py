@@ -111,12 +111,33 @@ def test_surprise_is_the_loss_of_the_model_in_bits() -> None:
 def test_the_rivals_have_no_content_and_tied_gates_no_spread() -> None:
     trace = trace_gates(make_model(["gdn2", "kda", "gdn"]), make_tokenizer(), TEXT)
     gdn2, kda, gdn = trace.layers
-    assert gdn2.write is None
+    assert gdn2.write.shape == kda.write.shape
     assert (gdn2.erase_spread > 0).all()
     for layer in (kda, gdn):
         assert layer.erase_shift is None
         np.testing.assert_allclose(layer.erase_spread, 0, atol=ROUNDING)
         np.testing.assert_allclose(layer.erase, layer.write, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("layer_type", "content"), [("gdn2", None), ("carve_value", None), ("carve_value", "read")])
+def test_a_write_gate_a_value_is_the_mean_of_what_scales_the_values(layer_type: str, content: str | None) -> None:
+    model, tokenizer = make_model([layer_type], content=content, content_write=content is not None), make_tokenizer()
+    mixer, block = model.model.layers[0].mixer, model.model.layers[0]
+    trace = trace_gates(model, tokenizer, TEXT).layers[0]
+    with torch.no_grad():
+        x = block.mixer_norm(model.model.embed_tokens(torch.tensor([tokenizer(TEXT)["input_ids"]])))
+        gated, _ = mixer.project(x)
+        mixer.write_proj.weight.zero_()  # gates of a half
+        halved, _ = mixer.project(x)
+    expected = (gated["v"] / halved["v"] / 2).mean(-1)[0].numpy()
+    if content is None:
+        assert trace.write_shift is None
+        np.testing.assert_allclose(trace.write, expected, atol=10 * ROUNDING)
+    else:  # the content's factor, of which the shift counts half, moves it from there
+        first = model.config.chunk_size
+        np.testing.assert_allclose(trace.write[:first], expected[:first], atol=10 * ROUNDING)
+        np.testing.assert_allclose(np.abs(trace.write - expected), 2 * expected * trace.write_shift, atol=10 * ROUNDING)
+        assert (trace.write_shift[first:] > ROUNDING).all()
 
 
 def test_the_model_is_left_as_it_was() -> None:
