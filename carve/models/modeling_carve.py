@@ -291,9 +291,10 @@ class CarveModel(CarvePreTrainedModel):
         position_ids, cu_seqlens = agree_on_packing(B, T, position_ids, seq_idx, bounds)
         layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens, window)
         for name, longest in (("max_length_q", max_length_q), ("max_length_k", max_length_k)):
-            most = T if layout.cu_seqlens is None else layout.cu_seqlens.diff().max()
-            if longest is not None and longest < most:
-                raise ValueError(f"{name} is {longest}, expected at least {most}, as the longest document has tokens")
+            if longest is not None:
+                most = T if layout.cu_seqlens is None else int(layout.cu_seqlens.diff().max())
+                if longest < most:
+                    raise ValueError(f"{name} is {longest}, expected at least {most}, as the longest document has")
         packed = layout.cu_seqlens is not None and layout.tokens is None
         if packed and (use_cache or past_key_values is not None):
             raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
