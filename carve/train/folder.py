@@ -99,7 +99,7 @@ def check_checkpoint(folder: Path, model: CarveConfig) -> None:
     with reading(folder / "config.json", remedy):
         was = CarveConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for name in CarveConfig.__annotations__:
-        if getattr(model, name) != getattr(was, name):
+        if name != "use_cache" and getattr(model, name) != getattr(was, name):  # training uses none
             raise ValueError(f"model.{name} is {getattr(model, name)!r}, but {folder} has {getattr(was, name)!r}")
 
 

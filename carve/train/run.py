@@ -217,6 +217,7 @@ def arguments(config: TrainConfig) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,
         prediction_loss_only=True,
+        use_cache=config.model.get("use_cache", CarveConfig.use_cache),  # Trainer writes it into the checkpoints
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"non_blocking": torch.cuda.is_available()},  # or each batch waits for all before it

@@ -55,9 +55,9 @@ class CarveTrainer(Trainer):
             self.args.dataloader_drop_last = dropped
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As Trainer does, but for the logits: accelerate would copy all of them to float32, for nobody."""
+        """As Trainer does, but for the logits, which accelerate would copy to float32 for nobody, and for a cache."""
         try:
-            return super().compute_loss(model, inputs | {"skip_logits": True}, *args, **kwargs)
+            return super().compute_loss(model, inputs | {"skip_logits": True, "use_cache": False}, *args, **kwargs)
         except FloatingPointError as error:  # of the op, on a CPU
             raise self.diverged(str(error)) from error
 

@@ -135,6 +135,7 @@ def test_a_checkpoint_is_a_model_with_its_tokenizer(whole):
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=3).shape[1] <= 6
+    assert model(**tokenizer("def", return_tensors="pt")).past_key_values is not None
 
 
 def test_two_runs_are_the_same(whole, config_file, tmp_path):
@@ -219,6 +220,17 @@ def test_a_resumed_run_may_log_evaluate_and_save_at_other_steps(whole, config_fi
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
     for name, found in weights(out / "checkpoint-6").items():
         assert torch.equal(found, weights(whole / "checkpoint-6")[name]), name
+
+
+def test_a_checkpoint_whose_model_returns_no_cache_goes_on(whole, tmp_path):
+    """As those that were written when Trainer set `use_cache` to False."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoint-6")
+    path = out / "checkpoint-4" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cache": False}))
+    last = train(TrainConfig.load(out / "config.yaml", {"out": str(out)}), resume=True)
+    assert json.loads((last / "config.json").read_text())["use_cache"] is True
 
 
 def test_the_last_step_is_logged(config_file, tmp_path):
@@ -418,19 +430,19 @@ def test_other_ways_to_run(fields, config_file, tmp_path):
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights(last).values())
 
 
-def test_no_step_returns_logits(config_file, tmp_path, monkeypatch):
+def test_no_step_returns_logits_or_a_cache(config_file, tmp_path, monkeypatch):
     forward, kept = CarveForCausalLM.forward, []
 
     @wraps(forward)  # Trainer reads the names of the arguments
     def note(self, *args, **kwargs):
         outputs = forward(self, *args, **kwargs)
-        kept.append(outputs.logits)
+        kept.append((outputs.logits, outputs.past_key_values))
         return outputs
 
     monkeypatch.setattr(CarveForCausalLM, "forward", note)
     train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3, "eval_every": 3}))
     assert len(kept) > 2
-    assert not any(logits is not None for logits in kept)
+    assert set(kept) == {(None, None)}
 
 
 def test_compiled_blocks_train_alike_and_are_compiled_once() -> None:
