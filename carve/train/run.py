@@ -98,9 +98,6 @@ def _train(
         training, _ = split_rows(tokens, config.seq_len, 0)
         validation, _ = split_rows(validation_tokens, config.seq_len, 0, "validation")
 
-    # a pass over the text would end with a batch of another size, for which all would be compiled anew
-    args.dataloader_drop_last = len(training) >= config.micro_batch * args.world_size * max(1, args.n_gpu)
-
     set_seed(config.seed)
     special = {name: getattr(tokenizer, name) for name in SPECIAL}
     fields = {"vocab_size": len(tokenizer)} | special | config.model

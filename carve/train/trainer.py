@@ -46,13 +46,17 @@ class CarveTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.content_lr})
         return optimizer
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer does, but with the last rows too: only training leaves out a batch of another size."""
-        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def get_train_dataloader(self) -> Any:
+        """As Trainer does, but without a batch of another size at the end of a pass: all would be compiled anew for it.
+
+        A text with less than a batch makes one all the same, and evaluation has the last rows too.
+        """
+        batch = self.args.train_batch_size * self.args.world_size
+        self.args.dataloader_drop_last = len(self.train_dataset) >= batch  # type: ignore[arg-type]
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_train_dataloader()
         finally:
-            self.args.dataloader_drop_last = dropped
+            self.args.dataloader_drop_last = False
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As Trainer does, but for the logits, which accelerate would copy to float32 for nobody, and for a cache."""
