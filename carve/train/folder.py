@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from carve.files import locked
 from carve.models import CarveConfig
 from carve.train.config import TrainConfig, settled
-from carve.train.data import reading
+from carve.train.data import HUB, is_tokens, reading
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
 LOCK = "lock"  # held by the process that trains
@@ -67,12 +68,41 @@ def check_data(out: Path, fingerprints: dict[str, str]) -> None:
     Raises:
         ValueError: the text or the tokenizer has changed since the run began; the message names the field.
     """
-    path = out / "data.json"
-    with reading(path, "put it back, or train anew in another folder"):
-        before = {name: json.loads(path.read_text(encoding="utf-8"))[name] for name in fingerprints}
-    for name, was in before.items():
+    for name, was in read_fingerprints(out).items():
         if fingerprints[name] != was:
             raise ValueError(f"{name} has changed, in text or tokenizer, since the run in {out} began: it cannot go on")
+
+
+def token_cache(config: TrainConfig) -> Path:
+    """Where a run has its texts tokenised."""
+    return Path(config.out, "data") if config.cache is None else Path(config.cache)
+
+
+def check_kept(config: TrainConfig, name: str) -> None:
+    """Raise ValueError where a text of a run is gone, but not its tokens, which do as well."""
+    text, kept = getattr(config, name), token_cache(config) / read_fingerprints(Path(config.out))[name]
+    if not Path(text).exists() and is_tokens(str(kept)):
+        raise ValueError(
+            f"{name} is {text!r}: no such file or folder; expected it, or its tokens, which are there: --{name} {kept}"
+        )
+
+
+def read_fingerprints(out: Path) -> dict[str, str]:
+    """Of the texts that a run was begun with, "data" and "validation"."""
+    path = out / "data.json"
+    with reading(path, "put it back, or train anew in another folder"):
+        fingerprints = json.loads(path.read_text(encoding="utf-8"))
+        return {name: fingerprints[name] for name in ("data", "validation")}
+
+
+def save_config(config: TrainConfig, out: Path) -> None:
+    """Write `config.yaml`, with the paths absolute: the run can go on from any working directory."""
+    paths = {name: getattr(config, name) for name in (*PLACES, "validation")}
+    if config.tokenizer == "bytes" or not Path(config.tokenizer).exists():  # a name
+        del paths["tokenizer"]
+    paths = {name: path for name, path in paths.items() if path is not None and not path.startswith(HUB)}
+    config = replace(config, **{name: os.path.abspath(path) for name, path in paths.items()})
+    config.save(out / "config.yaml")
 
 
 def check_checkpoint(folder: Path, model: CarveConfig) -> None:

@@ -19,7 +19,16 @@ from carve.files import replace_text
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train.config import SPECIAL, TrainConfig
 from carve.train.data import HUB, check_apart, collate, find_files, remove_partial, split_rows, tokenise
-from carve.train.folder import PARTIAL, alone, check_checkpoint, check_data, check_folder
+from carve.train.folder import (
+    PARTIAL,
+    alone,
+    check_checkpoint,
+    check_data,
+    check_folder,
+    check_kept,
+    save_config,
+    token_cache,
+)
 from carve.train.tokenizer import load_tokenizer
 from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal
 
@@ -65,6 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     for name in ("data", "validation"):  # both, before the work begins with one
         text = getattr(config, name)
         if text is not None and not text.startswith(HUB):
+            if resume:
+                check_kept(config, name)
             find_files(text, name)
             check_apart("out", out, name, text)
             if config.cache is not None:
@@ -82,7 +93,7 @@ def _train(
     """The training itself; `train` says what it takes and raises."""
     from torch.utils.tensorboard import SummaryWriter
 
-    cache = out / "data" if config.cache is None else Path(config.cache)
+    cache = token_cache(config)
     if args.process_index == 0:
         remove_partial(out / "data")
     with args.main_process_first(local=False):  # the others find it in the cache
@@ -114,7 +125,7 @@ def _train(
 
     if args.process_index == 0:  # from here on there is a run to go on with
         replace_text(out / "data.json", json.dumps(fingerprints) + "\n")
-        config.save(out / "config.yaml")
+        save_config(config, out)
 
     stop, progress = StopOnSignal(), ShowProgress(shown=args.process_index == 0)
     callbacks = [stop, Rhythm(), Metrics(out), progress]

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 import carve.train.trainer as trainer
 from carve.train import TrainConfig, train
+from carve.train.folder import save_config
+from carve.train.tokenizer import byte_tokenizer
 
 ROWS = 12  # 11 to train on, 2 at a time: an epoch is 3 steps of 4, 4 and 2 sequences
 
@@ -155,6 +158,41 @@ def test_a_run_goes_on_with_texts_that_were_moved(whole, config_file, tmp_path):
     fields = {"out": str(out), "data": str(text), "cache": str(tmp_path / "cache"), "model": {"conv_size": 4}}
     assert train(TrainConfig.load(config_file, fields), resume=True).name == "checkpoint-7"
     assert TrainConfig.load(out / "config.yaml").data == str(text)
+
+
+@pytest.mark.parametrize("validation", [None, "text.txt"])
+def test_a_run_goes_on_from_any_working_directory(validation, config_file, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    shutil.copy(TrainConfig.load(config_file).data, tmp_path / "text.txt")
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    paths = {"data": "text.txt", "validation": validation, "tokenizer": "tokenizer", "out": "run", "cache": "cache"}
+    monkeypatch.chdir(tmp_path)
+    train(TrainConfig.load(config_file, paths))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-7")
+    monkeypatch.chdir(tmp_path / "there")
+    assert train(TrainConfig.load("../run/config.yaml", {"out": "../run"}), resume=True).name == "checkpoint-7"
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_names_stay_names(config_file, tmp_path, monkeypatch):
+    """Also where there is a folder of that name."""
+    (tmp_path / "bytes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.load(config_file, {"data": "hub:a/b", "tokenizer": "bytes", "out": "run"})
+    for tokenizer in ("bytes", "some/name"):
+        save_config(replace(config, tokenizer=tokenizer), tmp_path)
+        saved = TrainConfig.load(tmp_path / "config.yaml")
+        assert (saved.data, saved.tokenizer, saved.validation) == ("hub:a/b", tokenizer, None)
+
+
+def test_tokens_do_where_the_text_is_gone(whole, config_file, tmp_path):
+    out = cut(whole, tmp_path / "run", 6)
+    (kept,) = (out / "data").iterdir()
+    fields = {"out": str(out), "data": str(tmp_path / "gone.txt")}
+    with pytest.raises(ValueError, match=r"data is '.*gone\.txt': no such .*: --data ") as raised:
+        train(TrainConfig.load(config_file, fields), resume=True)
+    assert str(raised.value).endswith(f"--data {kept}")
+    assert train(TrainConfig.load(config_file, fields | {"data": str(kept)}), resume=True).name == "checkpoint-7"
 
 
 def test_a_failure_gives_the_terminal_back(config_file, tmp_path, monkeypatch):
