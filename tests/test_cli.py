@@ -106,12 +106,23 @@ def test_eval_prints_a_table_and_writes_the_numbers(carve: Carve, checkpoint: Pa
     assert f"{expected.perplexity:.4f}" in outcome.out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["complete"] is True
+    assert numbers["checkpoint"] == str(checkpoint)
     assert [file["path"] for file in numbers["files"]] == [str(text), str(lines)]
     assert numbers["files"][0]["nats"] == pytest.approx(expected.nats, rel=1e-6)
     assert numbers["files"][0]["bytes"] == len(TEXT.encode())
     assert numbers["files"][1]["documents"] == 2
     for name in ("nats", "tokens", "bytes", "documents"):
         assert numbers["total"][name] == pytest.approx(sum(file[name] for file in numbers["files"]))
+
+
+def test_eval_of_a_run_says_which_checkpoint_was_scored(
+    carve: Carve, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (9, 10):
+        shutil.copytree(checkpoint, f"run/checkpoint-{step}")
+    assert carve("eval", "run", text, "--json", "numbers.json").code == 0
+    assert json.loads(Path("numbers.json").read_text())["checkpoint"] == "run/checkpoint-10"
 
 
 def test_eval_with_windows_forgets(carve: Carve, checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from carve.evals.perplexity import Perplexity, perplexity
 from carve.files import check_json, replace_text
-from carve.models.checkpoint import load_checkpoint
+from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.text import read_documents
 
 
@@ -35,7 +35,8 @@ def evaluate_files(
         checkpoint: a checkpoint folder, or the folder of a training run.
         paths: text files, `.jsonl` or `.parquet`; see `read_documents`.
         window, stride: see `perplexity`.
-        json_path: where to write `{"checkpoint", "window", "stride", "complete", "files": [...], "total": {...}}`.
+        json_path: where to write `{"checkpoint", "window", "stride", "complete", "files": [...], "total": {...}}`;
+            the checkpoint is the one that was scored, not its run's folder.
 
     Returns:
         whether it got to the end.
@@ -50,7 +51,8 @@ def evaluate_files(
             raise ValueError(f"{os.fspath(path)} is empty: no text to score")
     if json_path is not None:
         check_json(json_path)
-    model, tokenizer = load_checkpoint(checkpoint)
+    folder = find_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(folder)
 
     results: dict[str, Perplexity] = {}
     ended: BaseException | None = None
@@ -89,7 +91,7 @@ def evaluate_files(
         print("interrupted before anything was scored", file=sys.stderr)
     if results and json_path is not None:
         record: dict[str, Any] = {
-            "checkpoint": os.fspath(checkpoint),
+            "checkpoint": str(folder),
             "window": window,
             "stride": stride,
             "complete": ended is None,
