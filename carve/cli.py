@@ -150,6 +150,7 @@ def train(config: str | None, resume: Path | None, **fields: Any) -> None:
         print(interruption, file=sys.stderr)
         raise typer.Exit(128 + interruption.signal) from None
     except KeyboardInterrupt:
+        print("stopped before any training", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -173,6 +173,15 @@ def test_an_eval_that_fails_gives_what_it_has(carve: Carve, checkpoint: Path, te
     ]  # fmt: skip
 
 
+def test_an_interrupt_before_any_training_says_so(carve: Carve, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carve.train.run.train", interrupted)
+    outcome = carve("train", "--data", text)
+    assert (outcome.code, outcome.err) == (130, "stopped before any training\n")
+
+
 def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: Path, text: Path) -> None:
     options = ("--max-new-tokens", 20, "--seed", 1)
     prompted = carve("generate", checkpoint, "--prompt", TEXT, *options)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,11 +31,13 @@ from carve.train.folder import (
     token_cache,
 )
 from carve.train.tokenizer import load_tokenizer
-from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal
+from carve.train.trainer import CarveTrainer, Metrics, Rhythm, ShowProgress, StopOnSignal, what_is_left
+
+LONG = 1e12  # parameters times tokens of a step: minutes on a few cores
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has saved a checkpoint; the message says how to go on.
+    """Training was asked to stop, and has; the message says which checkpoint is the last, and how to go on.
 
     Attributes:
         signal: the number of the signal, SIGINT or SIGTERM.
@@ -60,7 +63,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             damaged.
         OSError: a checkpoint could not be written; those before it are whole.
         FloatingPointError: the training diverged; the message names the step and the last checkpoint.
-        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved; or at once, at a second Ctrl-C.
         ImportError: the packages that training needs are not installed.
     """
     try:
@@ -148,7 +151,7 @@ def _train(
     trainer.bits_a_byte, trainer.content_lr = bits_a_byte, config.content_lr
     if args.process_index == 0:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what an interruption left
-    last = get_last_checkpoint(out)
+    last, how = get_last_checkpoint(out), f"go on with: carve train --resume {out}"
     if last != str(out / f"checkpoint-{config.steps}"):
         if last is not None:
             if (at := int(last.rpartition("-")[2])) > config.steps:
@@ -156,14 +159,20 @@ def _train(
             logging.getLogger("transformers.trainer_utils").addFilter(is_news)
             if args.process_index == 0:
                 check_checkpoint(Path(last), model_config)
-        with stop, progress.bar:
-            trainer.train(resume_from_checkpoint=last)
+        if args.process_index == 0:
+            said = expectation(config, model.num_parameters(), args.device)
+            progress.console.print(said, highlight=False)
+        try:
+            with stop, progress.bar:
+                trainer.train(resume_from_checkpoint=last)
+        except KeyboardInterrupt:
+            what = f"stopped at once, after {trainer.state.global_step} steps; {what_is_left(out)}"
+            raise Interrupted(f"{what}; {how}", signal.SIGINT) from None
         last = get_last_checkpoint(out)
         assert last is not None
     if stop.number is not None:
         ended = trainer.state.global_step >= config.steps
-        how = ", with which the run has ended" if ended else f"; go on with: carve train --resume {out}"
-        raise Interrupted(f"saved {last}{how}", stop.number)
+        raise Interrupted(f"saved {last}{', with which the run has ended' if ended else f'; {how}'}", stop.number)
     return Path(last)
 
 
@@ -175,6 +184,13 @@ def compile_blocks(model: CarveForCausalLM, backend: Any = "inductor") -> None:
     for block in model.model.layers:
         block.compile(backend=backend)
     model.head_loss = torch.compile(model.head_loss, backend=backend)  # type: ignore[method-assign]
+
+
+def expectation(config: TrainConfig, parameters: int, device: torch.device) -> str:
+    """What to know of a training before its first step has ended."""
+    size = f"{parameters:,} parameters on {device.type}, {config.steps:,} steps of {config.batch_tokens:,} tokens"
+    long = device.type == "cpu" and parameters * config.batch_tokens > LONG
+    return size + (": on a CPU each may take minutes" if long else "")
 
 
 def check_content(seq_len: int, model: CarveConfig) -> None:

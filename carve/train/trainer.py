@@ -67,11 +67,10 @@ class CarveTrainer(Trainer):
 
     def diverged(self, seen: str) -> FloatingPointError:
         """The error to raise where numbers have run away."""
-        last = get_last_checkpoint(self.args.output_dir)
         return FloatingPointError(
             f"training diverged at step {self.state.global_step}: {seen}; train anew, in another folder, with "
             f"a learning_rate below {self.args.learning_rate:g} (resumed, it would go the same way); "
-            + (f"the last checkpoint is {last}" if last else "there is no checkpoint")
+            + what_is_left(str(self.args.output_dir))
         )
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
@@ -110,6 +109,12 @@ class CarveTrainer(Trainer):
             raise OSError(f"{name} could not be written ({' '.join(str(error).split())}); {left}") from error
         finally:
             self._writing = False
+
+
+def what_is_left(out: str | os.PathLike[str]) -> str:
+    """Of a run that ends here."""
+    last = get_last_checkpoint(out)
+    return f"the last checkpoint is {last}" if last else "there is no checkpoint"
 
 
 class StopOnSignal(TrainerCallback):
@@ -194,20 +199,27 @@ class ShowProgress(TrainerCallback):
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=3600,  # or no time is shown where a step takes half a minute
             disable=not (shown and self.console.is_terminal),
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begin, self.first = time.monotonic(), state.num_input_tokens_seen
-        self.loss = ""
+        self.loss, self.part = "", 0
         if state.is_world_process_zero:
             self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, text="")
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.part += 1
+        self.show(state, state.global_step + self.part / args.gradient_accumulation_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.part = 0
+        self.show(state, state.global_step)
+
+    def show(self, state: Any, completed: float) -> None:
         if state.is_world_process_zero:
-            self.bar.update(
-                self.task, completed=state.global_step, text=f"{self.loss}{self.speed(state):,.0f} tokens/s"
-            )
+            self.bar.update(self.task, completed=completed, text=f"{self.loss}{self.speed(state):,.0f} tokens/s")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or logs is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from carve.models import CarveConfig, CarveForCausalLM
 from carve.train import TrainConfig, train
 from carve.train.folder import alone
-from carve.train.run import Interrupted, check_content, compile_blocks
+from carve.train.run import Interrupted, check_content, compile_blocks, expectation
 from carve.train.trainer import CarveTrainer, ShowProgress
 
 FIELDS = {
@@ -181,6 +182,39 @@ def test_a_signal_in_the_last_step_is_no_less_one(config_file, tmp_path, monkeyp
     with pytest.raises(Interrupted, match=r"checkpoint-6, with which the run has ended"):
         train(TrainConfig.load(config_file, {"out": str(tmp_path / "run")}))
     assert (tmp_path / "run" / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize(("step", "left"), [(1, "there is no checkpoint"), (3, "the last checkpoint is .*-2")])
+def test_a_second_interrupt_stops_at_once_and_says_what_is_left(step, left, config_file, tmp_path, monkeypatch):
+    def ask(self, args, state, control, **_):
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ShowProgress, "on_step_begin", ask, raising=False)
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted, match=rf"at once, after {step} steps; {left}; go on .* --resume .*run$") as raised:
+        train(TrainConfig.load(config_file, {"out": str(out)}))
+    assert raised.value.signal == signal.SIGINT
+    monkeypatch.undo()
+    assert train(TrainConfig.load(config_file, {"out": str(out)}), resume=True) == out / "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    ("device", "parameters", "long"),
+    [("cpu", 30_000_000, True), ("cpu", 1_000_000, False), ("cuda", 30_000_000, False)],
+)
+def test_what_to_expect_is_said(device, parameters, long):
+    said = expectation(TrainConfig(data="text"), parameters, torch.device(device))
+    size = f"{parameters:,} parameters on {device}, 1,000 steps of 65,536 tokens"
+    assert said == size + ": on a CPU each may take minutes" * long
+
+
+def test_progress_is_shown_within_a_step(config_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, **fields: seen.append(fields.get("completed")))
+    train(TrainConfig.load(config_file, {"out": str(tmp_path / "run"), "steps": 3, "eval_every": 0}))
+    assert [done for done in seen if done is not None] == [0.5, 1, 1.5, 2, 2.5, 3]
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.1, 3), (0.3, 9)])
