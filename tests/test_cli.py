@@ -275,11 +275,19 @@ def test_a_result_alone_is_on_standard_output(carve: Carve, tmp_path: Path) -> N
     assert trained.out == f"{out / 'checkpoint-1'}\n"
 
 
-def test_the_command_needs_no_extras_but_says_what_training_needs() -> None:
-    command = [sys.executable, "-c", WITHOUT_EXTRAS, "train", "--data", "nowhere"]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--data", "nowhere"), "training needs: pip install 'carve-attention[train]'"),
+        (("lm-eval", "nowhere", "--output", "out"), "the harness needs: pip install 'carve-attention[lm-eval]'"),
+    ],
+)
+def test_the_command_needs_no_extras_but_says_what_others_need(arguments: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTRAS, *arguments]
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     assert outcome.returncode == 2, outcome.stderr
-    assert outcome.stderr.splitlines()[-1] == "carve: error: training needs: pip install 'carve-attention[train]'"
+    assert outcome.stderr.splitlines()[-1].startswith("carve: error: ")
+    assert outcome.stderr.splitlines()[-1].endswith(message)
 
 
 @pytest.mark.parametrize("flush", [False, True])

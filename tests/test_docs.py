@@ -25,3 +25,9 @@ def test_snippets_run(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_installing_more_leaves_an_editable_install_editable(page):
+    for line in re.findall(r"pip install .*?\.\[", page.read_text("utf-8")):
+        assert line.endswith("-e '.["), line

@@ -48,9 +48,7 @@ try:
 
     from carve.evals.harness_tasks import TASKS, find_files, local_task
 except ImportError as error:
-    raise ImportError(
-        f"{error}: the harness needs carve's extra lm-eval: pip install -c constraints.txt '.[lm-eval]'"
-    ) from error
+    raise ImportError(f"{error}: the harness needs: pip install 'carve-attention[lm-eval]'") from error
 
 PIECE = 2048  # tokens of a long text read at once
 NEW_TOKENS = 256  # of an answer, where a task does not say: lm-eval's own default
