@@ -1,5 +1,6 @@
 """`carve compare`: the plan, the measurements against slower ones, an interruption, and the report's numbers."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -733,6 +734,7 @@ def test_pictures_worked_out_by_hand(made_up):
         assert list(line.get_ydata()) == pytest.approx(differences)
         assert list(zero.get_ydata()) == [0, 0]
         assert axes[name].get_xlabel().startswith(f"tokens before it in its {name.split()[1]}")
+    assert not axes["validation window"].lines
 
     figure = report.draw_gates(outcomes["shape"])
     shown = [ax for ax in figure.axes if ax.images]
@@ -742,6 +744,19 @@ def test_pictures_worked_out_by_hand(made_up):
     for ax, moved in zip(shown, [[0.1, 0.4], [0.1, 0.3]], strict=False):
         np.testing.assert_allclose(ax.images[0].get_array(), [moved])
         assert [label.get_text() for label in ax.get_yticklabels()] == ["3"]
+
+
+def test_what_falls_into_one_bin_is_not_drawn_by_position(made_up):
+    some = outcomes_of(*made_up)["shape"]
+    short = [dataclasses.replace(x, seeds=copy.deepcopy(x.seeds)) for x in some]
+    scores = [result["texts"]["test"] for x in short for result in x.seeds.values()]
+    for score in scores:
+        del score["by_context"][1:]
+    figure = report.draw_position(short, "gdn2", ["test"])
+    assert [ax.get_xlabel() for ax in figure.axes] == ["tokens before it in its document, the memory carried on"]
+    for score in scores:
+        del score["carried"]["by_position"][1:]
+    assert report.draw_position(short, "gdn2", ["test"]) is None
 
 
 def test_seeds_are_paired_and_windows_weighed_by_their_tokens():

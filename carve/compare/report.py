@@ -379,16 +379,26 @@ def draw_perplexity(outcomes: Mapping[str, Sequence[Outcome]], texts: Sequence[s
 
 
 def draw_position(some: Sequence[Outcome], baseline: str, texts: Sequence[str]) -> "Figure | None":
-    """Difference in loss from the baseline by what comes before a token: a row for each text."""
+    """Difference in loss from the baseline by what comes before a token: a row for each text.
+
+    Nothing is drawn where all falls into one bin: its difference is that of the whole text.
+    """
     from matplotlib.figure import Figure
 
     base = next((x for x in some if x.label == baseline), None)
     if base is None or len(some) < 2:
         return None
-    figure = Figure(figsize=(9, 1.2 + 2.3 * len(texts)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(texts), len(PLACES), squeeze=False)
-    for row, text in zip(axes, texts, strict=True):
-        for ax, (place, title) in zip(row, PLACES.items(), strict=True):
+    bins = {place: [len(position_losses(base, base, text, place)) for text in texts] for place in PLACES}
+    places = [place for place in PLACES if max(bins[place]) > 1]
+    if not places:
+        return None
+    figure = Figure(figsize=(1.6 + 3.7 * len(places), 1.2 + 2.3 * len(texts)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(texts), len(places), squeeze=False)
+    for n, (row, text) in enumerate(zip(axes, texts, strict=True)):
+        for ax, place in zip(row, places, strict=True):
+            if bins[place][n] < 2:
+                ax.axis("off")
+                continue
             for i, x in enumerate(some):
                 losses, other = position_losses(x, base, text, place), position_losses(base, x, text, place)
                 at = [bounds for bounds in other if bounds in losses]
@@ -398,13 +408,12 @@ def draw_position(some: Sequence[Outcome], baseline: str, texts: Sequence[str]) 
                     style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "linewidth": 1.2}
                     ax.plot(middles, lines, marker="o", markersize=3, label=x.label, **style)
             ax.axhline(0, color="0.5", linewidth=0.8)
-            if position_losses(base, base, text, place):
-                ax.set_xscale("log", base=2)
-            ax.set_xlabel(title.partition(" (")[0], fontsize=7)
+            ax.set_xscale("log", base=2)
+            ax.set_xlabel(PLACES[place].partition(" (")[0], fontsize=7)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
         row[0].set_ylabel(f"{text}\nnats over {baseline}", fontsize=8)
-    handles = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    handles = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     return figure
 
