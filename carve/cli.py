@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -364,11 +365,18 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as the sentence that it is; Python would add a line of our source."""
+    print(message, file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         try:
-            app()
+            with warnings.catch_warnings():
+                warnings.showwarning = _say
+                app()
         except SystemExit:
             sys.stdout.flush()  # a closed pipe is noticed here, not when the interpreter ends, which would complain
             raise

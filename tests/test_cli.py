@@ -273,6 +273,10 @@ def test_a_result_alone_is_on_standard_output(carve: Carve, tmp_path: Path) -> N
         "train", "--data", tmp_path / "text.txt", "--tokenizer", tmp_path / "tokenizer", "--out", out, *fields
     )
     assert trained.out == f"{out / 'checkpoint-1'}\n"
+    (warning,) = (line for line in trained.err.splitlines() if "content projections" in line)  # and no line of source
+    assert warning.startswith("carve: the content projections will not learn: ")
+    assert "check_content" not in trained.err
+    assert ".py" not in trained.err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import json
 import lzma
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from carve.train.trainer import Metrics
 TINY = {
     "train_bytes": 40_000,
     "validation_bytes": 6_000,
-    "sample_tokens": 20,
+    "sample_tokens": 60,
     "training": {
         "seq_len": 32,
         "batch_tokens": 64,
@@ -37,8 +38,10 @@ def test_the_demo_trains_measures_and_draws(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "demo" / "sample.txt").read_text().startswith(demo.PROMPT)
     for picture in ("loss.png", "gates.png"):
         assert (tmp_path / "demo" / picture).read_bytes().startswith(b"\x89PNG")
-    model, _ = load_checkpoint(tmp_path / "demo" / "model")
+    model, tokenizer = load_checkpoint(tmp_path / "demo" / "model")
     assert model.config.hidden_size == 16
+    (inspected,) = re.findall(r"carve inspect .* --file (.*) --out", out)
+    assert len(tokenizer(Path(inspected).read_text())["input_ids"]) > model.config.chunk_size  # or no content is heard
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
 
     assert demo.run_demo(tmp_path / "demo", **TINY) == bits  # nothing left to train: it measures again
