@@ -1,6 +1,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ def test_a_checkpoint_comes_back_with_its_tokenizer(folder: Path) -> None:
     assert len(tokenizer) == model.config.vocab_size
     again, _ = load_checkpoint(str(folder))
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_importing_the_models_makes_a_checkpoint_known_to_transformers(saved: Path) -> None:
+    """As the README says; in a process where nothing else has been imported."""
+    code = """
+import sys
+import carve.models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+print(*(type(each.from_pretrained(sys.argv[1])).__name__ for each in (AutoModelForCausalLM, AutoTokenizer)))
+"""
+    command = [sys.executable, "-c", code, str(saved)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["CarveForCausalLM", type(load_checkpoint(saved)[1]).__name__]
 
 
 def test_the_last_complete_checkpoint_of_a_run_is_taken(
