@@ -447,7 +447,7 @@ class Permutations(GroupWord):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect("points", 2 <= self.points <= 5, "from 2 to 5")
+        self.expect("points", self.points == type(self).points, f"{type(self).points}, as the task's name says")
         self.expect("elements", self.elements in ("swaps", "all"), "'swaps' or 'all'")
 
     @property
