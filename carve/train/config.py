@@ -126,6 +126,8 @@ class TrainConfig:
         for name in () if model.content is None or model.sees_content else CONTENT:
             if name in self.model:
                 raise ValueError(f"model has {name!r}, but no layer of layer_types sees content: expected it left out")
+        fits = self.content_lr == 1 or model.sees_content
+        self._expect("content_lr", fits, "1: no layer of the model sees content")
 
     def _expect(self, name: str, fits: bool, expected: str) -> None:
         if not fits:

@@ -71,6 +71,8 @@ def test_help_has_a_flag_a_line_and_a_default_for_every_field():
             "model has 'content', but no layer of layer_types",
         ),
         ({"model": {"layer_types": ["gdn2"] * 22, "content_write": True}}, "model has 'content_write', but no layer"),
+        ({"content_lr": 2, "model": {"content": None}}, "content_lr is 2.0, expected 1: no layer of the model sees"),
+        ({"content_lr": 0.5, "model": {"layer_types": ["gdn2"] * 22}}, "content_lr is 0.5, expected 1"),
         ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"seed": -1}, "seed is -1"),

@@ -301,7 +301,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(config_file, tmp_path, monkeypatc
 )
 def test_a_training_that_diverges_says_so(mixer, steps, at, seen, config_file, tmp_path):
     out = tmp_path / "run"
-    fields = {"steps": steps, "warmup_steps": 0, "learning_rate": 1e39, "eval_every": 0, "save_every": 6}
+    fields = {"steps": steps, "warmup_steps": 0, "learning_rate": 1e39, "content_lr": 1.0}
+    fields |= {"eval_every": 0, "save_every": 6}
     fields["model"] = {"layer_types": [mixer], "content": "mean" if mixer == "carve" else None}
     with pytest.raises(FloatingPointError, match=rf"diverged at step {at}: {seen}.* below 1e\+39.*no check"):
         train(TrainConfig.load(config_file, {"out": str(out)} | fields))
