@@ -574,6 +574,17 @@ def test_the_report_alone_needs_no_text(whole, tmp_path, monkeypatch, capsys):
     assert (out / "toy.md").read_text() == before
 
 
+@pytest.mark.parametrize("fields", [{}, {"learning_rates": [1e-3]}])
+def test_nothing_is_not_reported(fields, whole, tmp_path, capsys, monkeypatch):
+    """Neither where there is no result at all, nor where those there are, are of other runs."""
+    out = tmp_path / "toy"
+    shutil.copytree(whole[1], out, ignore=shutil.ignore_patterns("toy*", *([] if fields else ["results"])))
+    file = write(tmp_path / "other.yaml", **fields)
+    said = refused(capsys, monkeypatch, file, "--out", out, "--report")
+    assert f"{out} holds no result of this comparison: expected some" in said
+    assert not (out / "other.md").exists()
+
+
 def outcome(label: str, seeds: list[list[list[float]]]) -> Outcome:
     """A mixer with the windows of a text `[seeds][windows]` of (nats, tokens)."""
     scores = [

@@ -77,7 +77,11 @@ def compare(
             raise ValueError(f"{out} holds no {FACTS}: expected the folder of a comparison")
         plan = plan.with_facts(read_json(out / FACTS)["texts"])
         check_folder(plan, out)
-        print(write_report(plan, read_results(out), read_speed(out), out / Path(file).stem))
+        results = read_results(out)
+        runs = (run for label in plan.mixers for rate in plan.learning_rates for run in plan.at_rate(label, rate))
+        if not any(run.key in results for run in runs):
+            raise ValueError(f"{out} holds no result of this comparison: expected some, to report")
+        print(write_report(plan, results, read_speed(out), out / Path(file).stem))
         return True
 
     console, limit, stopped = Console(stderr=True, highlight=False), TimeLimit(minutes), False
