@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from carve.evals.context import end_tokens
 from carve.models.configuration_carve import check_positions
 
 
@@ -72,8 +73,7 @@ def generate_text(
                 attention_mask=torch.ones_like(row),
                 streamer=streamer,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                **end_tokens(tokenizer),
                 **(sampling if temperature > 0 else {"do_sample": False}),
             )
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a model reads: how many tokens in a row, and rows of different lengths as a batch."""
+"""What a model reads: how many tokens in a row, and rows of different lengths as a batch, to be continued."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from carve.models.configuration_carve import check_positions
 
@@ -29,3 +30,9 @@ def pad_rows(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> 
     real = [torch.ones_like(row) for row in tokens]
     padded, mask = (pad_sequence(each, True, padding_side=side).to(device) for each in (tokens, real))
     return padded, mask
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """What `generate` ends a row with and fills it up with: EOS too, where the tokenizer has no padding."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"eos_token_id": end, "pad_token_id": end if pad is None else pad}

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from carve.evals.context import batches, check_context, pad_rows
+from carve.evals.context import batches, check_context, end_tokens, pad_rows
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
 from carve.models.configuration_carve import longest_context
@@ -240,8 +240,7 @@ class CarveLM(TemplateLM):
                     attention_mask=mask,
                     max_new_tokens=new_tokens,
                     stopping_criteria=stop_sequences_criteria(tokenizer, until, tokens.shape[1], len(batch)),
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    **end_tokens(tokenizer),
                     **arguments,
                 )
                 for (context, gen_kwargs), row in zip(batch, written[:, tokens.shape[1] :], strict=True):

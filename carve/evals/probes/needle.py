@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from carve.evals.context import batches, check_context, pad_rows
+from carve.evals.context import batches, check_context, end_tokens, pad_rows
 from carve.evals.probes.progress import progress_on
 from carve.evals.probes.results import append_result, key_of, read_results
 from carve.models.checkpoint import find_checkpoint, load_checkpoint
@@ -302,7 +302,6 @@ def score_needle(
     check_counts(samples, batch_size)
     needle_task(name)
     check_context(model.config, length)
-    end = tokenizer.eos_token_id
     records: list[dict[str, Any]] = []
     was_training = model.training
     model.eval()
@@ -316,8 +315,7 @@ def score_needle(
                     attention_mask=mask,
                     max_new_tokens=NEW_TOKENS,
                     do_sample=False,
-                    eos_token_id=end,
-                    pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+                    **end_tokens(tokenizer),
                 )
             for sample, row in zip(drawn, output[:, tokens.shape[1] :], strict=True):
                 said = str(tokenizer.decode(row, skip_special_tokens=True))
