@@ -1,4 +1,4 @@
-"""Files that have their names only once they are whole, and that one process holds."""
+"""Files that have their names only once they are whole, that one process holds, or that are named if damaged."""
 
 import fcntl
 import json
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, NotImplementedError)  # what comes of reading it
 
 
 @contextmanager
@@ -53,6 +55,23 @@ def check_json(path: str | os.PathLike[str]) -> None:
             json.loads(path.read_bytes())
         except (ValueError, OSError) as error:
             raise ValueError(f"{path} is no file of JSON: expected a new file, or an earlier result") from error
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Within `with`: what fails where a file is not as it was written says which one it is, and what to do.
+
+    Raises:
+        ValueError: as said.
+    """
+    from zipfile import BadZipFile  # not above: `carve --help` is not to wait for them
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (*DAMAGE, BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}") from error
 
 
 @contextmanager

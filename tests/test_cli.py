@@ -90,7 +90,7 @@ for arguments in (["--help"], ["train", "--help"]):
     assert shown.exit_code == 0, shown.output
 assert "--seq-len" in shown.output
 assert "layer_types=[" in shown.output
-print(*{"torch", "transformers", "datasets", "numpy"} & set(sys.modules))
+print(*{"torch", "transformers", "datasets", "numpy", "safetensors"} & set(sys.modules))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

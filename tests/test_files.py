@@ -1,8 +1,12 @@
+import json
 from pathlib import Path
+from zipfile import ZipFile
 
+import numpy as np
 import pytest
+from safetensors import safe_open
 
-from carve.files import check_json, replace_text, replacing
+from carve.files import check_json, reading, replace_text, replacing
 
 
 def fail(path: Path) -> None:
@@ -33,3 +37,11 @@ def test_a_file_of_json_replaces_nothing_else(tmp_path: Path) -> None:
             check_json(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         check_json(tmp_path / "nowhere" / "new.json")
+
+
+@pytest.mark.parametrize("read", [json.load, ZipFile, np.load, safe_open])
+def test_a_damaged_file_is_named(read, tmp_path: Path) -> None:
+    path = tmp_path / "damaged"
+    path.write_bytes(b"\x93NUMPY garbage")
+    with pytest.raises(ValueError, match=r"damaged is damaged \(.+\): put it back"), reading(path, "put it back"):
+        read(path.open("rb") if read is json.load else path, *(["pt"] if read is safe_open else []))

@@ -12,25 +12,22 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from carve.files import reading
 from carve.text import read_documents, tokenize_stream
 
 HUB = "hub:"
 ABOUT = "about.json"
-DAMAGE = (ValueError, TypeError, LookupError, EOFError, OSError, NotImplementedError)  # what comes of reading it
 REMEDY = "put it back, or remove its folder and give the text, to tokenise it again"
 
 
@@ -133,19 +130,6 @@ def tokenise(
         if len(ids) <= starts[-1] or ids[-1] != tokenizer.eos_token_id:
             raise ValueError("it ends within a document")
     return Tokens(ids, starts, about["bytes"], known)
-
-
-@contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
-    """Within `with`: what fails where a file is not as it was written says which one it is, and what to do.
-
-    Raises:
-        ValueError: as said.
-    """
-    try:
-        yield
-    except (*DAMAGE, BadZipFile, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): {remedy}") from error
 
 
 def is_tokens(data: str) -> bool:

@@ -11,10 +11,10 @@ from zipfile import ZipFile
 
 from safetensors import safe_open
 
-from carve.files import locked
+from carve.files import locked, reading
 from carve.models import CarveConfig
 from carve.train.config import TrainConfig, settled
-from carve.train.data import HUB, is_tokens, reading
+from carve.train.data import HUB, is_tokens
 
 PARTIAL = "partial"  # where a checkpoint is written until it is whole
 LOCK = "lock"  # held by the process that trains

@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from carve.files import replace_text
+from carve.files import reading, replace_text
 from carve.mixer import CarveMixer
-from carve.train.data import reading
 from carve.train.folder import PARTIAL, publish
 
 
