@@ -435,6 +435,14 @@ def test_a_captured_step_is_the_step_and_sees_the_learning_rate_change() -> None
 
 
 @pytest.mark.gpu
+def test_plain_torch_which_cannot_be_captured_trains_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", None)
+    config = probe_config(make_task("write-once", {"pairs": 2}), "carve-read", num_heads=1, head_dim=8)
+    recipe = {"steps": 5, "batch_size": 4, "evaluated": 8, "device": "cuda"}
+    assert len(train_probe(make_task("write-once", {"pairs": 2}), config, **recipe).losses) == 5
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mixer", ["carve-mean", "carve-read", "gdn2-hybrid", "full_attention"])
 def test_training_by_captured_steps_is_the_same(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task("write-once", {"pairs": 4})

@@ -1,6 +1,7 @@
 """Training a small model on a synthetic task, always in the same way, and measuring what it answers."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -175,7 +176,8 @@ def train_probe(
 class Captured:
     """A training step as one CUDA graph: a model so small waits for its kernels to be launched, not for them to run.
 
-    The first steps are taken as they are: kernels are compiled, and the optimizer's state is made.
+    The first steps are taken as they are: kernels are compiled, and the optimizer's state is made. So are all where one
+    waits for the device, as plain torch does, which serves what the op's kernels do not: that cannot be captured.
     """
 
     eager = 3
@@ -183,11 +185,15 @@ class Captured:
     def __init__(self, learn: Callable[[Questions], Tensor]) -> None:
         self.learn = learn
         self.taken = 0
+        self.waits = False
 
     def __call__(self, questions: Questions) -> Tensor:
         """Take a step; its loss, which the next one overwrites."""
         self.taken += 1
-        if self.taken <= self.eager:
+        if self.taken == self.eager:
+            loss, self.waits = watched(self.learn, questions)
+            return loss
+        if self.taken < self.eager or self.waits:
             return self.learn(questions)
         if self.taken == self.eager + 1:
             self.questions = Questions(*(x.clone() for x in questions))
@@ -198,6 +204,19 @@ class Captured:
             mine.copy_(given)
         self.graph.replay()
         return self.loss
+
+
+def watched(learn: Callable[[Questions], Tensor], questions: Questions) -> tuple[Tensor, bool]:
+    """The loss of a step, and whether it waited for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            loss = learn(questions)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return loss, any("called a synchronizing CUDA operation" in str(each.message) for each in found)
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
