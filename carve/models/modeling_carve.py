@@ -90,8 +90,6 @@ def lay_out(
         if position_ids is not None and not torch.equal(position_ids, places):
             raise ValueError("position_ids or seq_idx and cu_seqlens say different things, expected one, or the same")
         return Layout(None, bounds, places)
-    if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
-        raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
 
     if padded:
         assert attention_mask is not None
@@ -128,28 +126,42 @@ def lay_out(
 
 
 def agree_on_packing(
-    B: int, T: int, position_ids: Tensor | None, seq_idx: Tensor | None, bounds: dict[str, Tensor | None]
+    B: int,
+    T: int,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    bounds: dict[str, Tensor | None],
+    longest: dict[str, int | None],
 ) -> tuple[Tensor | None, Tensor | None]:
     """What transformers' names say of packed documents, as `position_ids` and `cu_seqlens`.
 
     Args:
         bounds: `cu_seqlens` under all of its names.
+        longest: the tokens of the longest document, under all names of that; beside position_ids alone not looked at.
 
     Raises:
         ValueError: they do not fit the batch or each other.
     """
-    given = {name: y for name, y in bounds.items() if y is not None}
-    if len(given) > 1 and len({tuple(y.tolist()) for y in given.values()}) > 1:
-        raise ValueError(f"{' and '.join(given)} say different things, expected one of them, or the same")
+    for name, y in (("position_ids", position_ids), ("seq_idx", seq_idx)):
+        if y is not None and y.shape not in ((B, T), (1, T)):
+            raise ValueError(f"{name} has shape {list(y.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
     if seq_idx is not None:
-        if seq_idx.shape not in ((B, T), (1, T)):
-            raise ValueError(f"seq_idx has shape {list(seq_idx.shape)}, expected [B, T] = {[B, T]} or {[1, T]}")
         begins = nn.functional.pad(seq_idx.diff() != 0, (1, 0), value=True)
         places = torch.arange(T, device=seq_idx.device).expand_as(begins)
         places = places - places.masked_fill(~begins, 0).cummax(-1).values
-        if position_ids is not None and not bool((position_ids == places).all()):
+        if position_ids is not None and not torch.equal(*torch.broadcast_tensors(position_ids, places)):
             raise ValueError("position_ids and seq_idx say different things, expected one of them, or the same")
         position_ids = places
+    given = {name: y for name, y in bounds.items() if y is not None}
+    tokens = T if position_ids is None else 0
+    if given and B == 1:  # else they are refused by `lay_out`
+        first, *others = (check_cu_seqlens(y, B, T) for y in given.values())  # on the CPU, each tensor read once
+        if any(not torch.equal(first, y) for y in others):
+            raise ValueError(f"{' and '.join(given)} say different things, expected one of them, or the same")
+        tokens = int(first.diff().max())
+    for name, most in longest.items():
+        if most is not None and most < tokens:
+            raise ValueError(f"{name} is {most}, expected at least {tokens}, as the longest document has")
     return position_ids, next(iter(given.values()), None)
 
 
@@ -288,13 +300,9 @@ class CarveModel(CarvePreTrainedModel):
         assert self.config.layer_types is not None
         window = "sliding_attention" in self.config.layer_types
         bounds = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
-        position_ids, cu_seqlens = agree_on_packing(B, T, position_ids, seq_idx, bounds)
+        longest = {"max_length_q": max_length_q, "max_length_k": max_length_k}
+        position_ids, cu_seqlens = agree_on_packing(B, T, position_ids, seq_idx, bounds, longest)
         layout = lay_out(B, T, past, x.device, attention_mask, position_ids, cu_seqlens, window)
-        for name, longest in (("max_length_q", max_length_q), ("max_length_k", max_length_k)):
-            if longest is not None:
-                most = T if layout.cu_seqlens is None else int(layout.cu_seqlens.diff().max())
-                if longest < most:
-                    raise ValueError(f"{name} is {longest}, expected at least {most}, as the longest document has")
         packed = layout.cu_seqlens is not None and layout.tokens is None
         if packed and (use_cache or past_key_values is not None):
             raise ValueError("use_cache was asked for packed documents, expected one sequence in each row for a cache")
@@ -363,7 +371,13 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
-        **others: Any,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens.
 
@@ -374,7 +388,7 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             num_items_in_batch: scored tokens to divide the loss by; None for those of this batch.
             skip_logits: return the loss alone: the logits, which are most of the memory that a training step takes, are
                 then nobody's to keep.
-            others: see `CarveModel.forward`.
+            others: see `CarveModel.forward`. All are named here, as transformers looks for what it may pass on.
 
         Returns:
             logits `[B, T, vocab_size]`; loss, in nats a token, if labels are given; the cache if asked for.
@@ -393,7 +407,13 @@ class CarveForCausalLM(CarvePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
-            **others,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+            token_type_ids=token_type_ids,
+            output_attentions=output_attentions,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, keep]

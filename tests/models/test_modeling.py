@@ -1,3 +1,4 @@
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +483,25 @@ def test_no_two_weights_begin_with_the_same_numbers() -> None:
     assert sum(name.endswith("p_down") for name in weights) == 2
     correlation = torch.corrcoef(torch.stack(list(weights.values()))).fill_diagonal_(0)
     assert correlation.abs().max() < 0.6
+
+
+def test_packing_that_does_not_fit_is_named_whatever_its_form() -> None:
+    model, ids = tiny("read"), tokens(1, 7)
+    bounds, far = torch.tensor([0, 4, 7]), torch.tensor([[0, 4, 7]])
+    for inputs, message in (
+        ({"position_ids": torch.arange(5)[None], "seq_idx": torch.zeros(1, 7)}, r"position_ids has shape \[1, 5\]"),
+        ({"cu_seq_lens_q": far, "cu_seq_lens_k": far}, r"cu_seqlens has shape \[1, 3\], expected \[N \+ 1\]"),
+        ({"cu_seq_lens_q": bounds, "max_length_q": 3}, "max_length_q is 3, expected at least 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **inputs)
+
+
+def test_transformers_sees_what_may_be_passed_on() -> None:
+    """It looks at the signature: Trainer for the columns to keep, `generate` for the arguments to accept."""
+    inner, outer = (inspect.signature(each.forward).parameters for each in (CarveModel, CarveForCausalLM))
+    assert set(inner) <= set(outer)
+    model, ids = tiny("read"), tokens(1, 7)
+    alone = model.generate(ids, max_new_tokens=2, do_sample=False)
+    typed = model.generate(ids, token_type_ids=torch.zeros_like(ids), max_new_tokens=2, do_sample=False)
+    assert torch.equal(alone, typed)
