@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from carve.mixer import GATES, SEEING, CarveMixer
 from carve.names import hint
+from carve.ops.slow import warn_once
 
 ATTENTION = ("sliding_attention", "full_attention")
 LAYER_TYPES = (*GATES, *ATTENTION)
@@ -20,7 +22,7 @@ LAYER_TYPES = (*GATES, *ATTENTION)
 # transformers' own table: its Trainer reads the configuration of a checkpoint without knowing the architecture.
 configuration_utils.ALLOWED_ATTN_LAYER_TYPES += tuple(GATES)  # type: ignore[assignment]
 
-# What transformers writes into a config.json, or reads from it, and has no field for.
+# What transformers writes into a config.json and has no field for.
 WRITTEN = (
     "auto_map",
     "custom_pipelines",
@@ -31,6 +33,14 @@ WRITTEN = (
     "transformers_weights",
 )
 OTHER_NAMES = {"d_model": "hidden_size", "gates": "layer_types"}  # too far from ours to be guessed
+
+
+class UnknownField(ValueError):
+    """A field that neither `CarveConfig` nor transformers knows."""
+
+    def __init__(self, field: str, known: Sequence[str]) -> None:
+        super().__init__(f"CarveConfig has no field {field!r}{hint(OTHER_NAMES.get(field, field), known)}")
+        self.field = field
 
 
 def with_value_errors(config_class: type) -> type:
@@ -134,12 +144,26 @@ class CarveConfig(PreTrainedConfig):
         for name in self.layer_types:  # before transformers takes "attention" for "full_attention"
             if name not in LAYER_TYPES:
                 raise ValueError(f"layer_types has {name!r}, expected only {', '.join(map(repr, LAYER_TYPES))}")
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            own = getattr(type(self), name, None)
+            if callable(own) or (isinstance(own, property) and own.fset is None):  # a method, which it would hide
+                raise UnknownField(name, known)
         super().__post_init__(**kwargs)
         for name in kwargs:  # transformers has taken out those that it knows, and kept all others
             if name in vars(self) and not (name.startswith("_") or name in WRITTEN or hasattr(type(self), name)):
-                known = [field.name for field in dataclasses.fields(self)]
-                raise ValueError(f"CarveConfig has no field {name!r}{hint(OTHER_NAMES.get(name, name), known)}")
+                raise UnknownField(name, known)
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does; what a config.json has beside is left out, and said: other tools leave notes there."""
+        while True:
+            try:
+                return super().from_dict(config_dict, **kwargs)
+            except UnknownField as error:
+                config_dict = {name: y for name, y in config_dict.items() if name != error.field}
+                warn_once(f"carve: config.json has {error.field!r}, which is without effect: {error}")
 
     def check(self) -> None:
         """Raise ValueError on what the layers themselves would not notice, or only once they are built."""

@@ -37,9 +37,16 @@ def test_what_transformers_writes_is_read(tmp_path: Path) -> None:
     assert (again.dtype, again.num_labels, again._attn_implementation) == (torch.bfloat16, 3, "sdpa")
     assert tiny_config(["full_attention"], rope_theta=5e5).rope_parameters["rope_theta"] == 5e5
 
-    path.write_text(json.dumps(written | {"content_decay": 0.5}))  # of a newer version, say
-    with pytest.raises(ValueError, match="CarveConfig has no field 'content_decay'"):
-        AutoConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(written | {"chunk_sise": 4, "note": "by a tool"}))
+    with pytest.warns(UserWarning, match="config.json has") as said:
+        noted = AutoConfig.from_pretrained(tmp_path)
+    ours = [str(each.message) for each in said if "config.json has" in str(each.message)]
+    assert [message.partition(", which")[0] for message in ours] == [
+        "carve: config.json has 'chunk_sise'",
+        "carve: config.json has 'note'",
+    ]
+    assert ours[0].endswith("did you mean 'chunk_size'?")
+    assert noted.to_dict() == again.to_dict()
 
 
 def test_what_is_left_out_follows_from_the_rest() -> None:
@@ -63,6 +70,8 @@ def test_what_is_left_out_follows_from_the_rest() -> None:
         ({"num_layers": 2}, "CarveConfig has no field 'num_layers'; did you mean 'num_hidden_layers'?"),
         ({"d_model": 64}, "CarveConfig has no field 'd_model'; did you mean 'hidden_size'?"),
         ({"use_short_conv": True}, "CarveConfig has no field 'use_short_conv'"),
+        ({"check": 3}, "CarveConfig has no field 'check'"),
+        ({"sees_content": True}, "CarveConfig has no field 'sees_content'"),
         ({"hidden_size": "32"}, "Field 'hidden_size' expected int, got str (value: '32')"),
         ({"content": 3}, "Field 'content' with value 3 doesn't match any type in"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
