@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 from safetensors import safe_open
@@ -60,6 +61,18 @@ def check_folder(config: TrainConfig, out: Path, resume: bool) -> None:
             if not same and not free:
                 mine, its = (repr(each[name]) if name in each else "the tokenizer's" for each in (now, was))
                 raise ValueError(f"{where}{name} is {mine}, but the run in {out} has {its}: it cannot go on")
+
+
+def moved(config: TrainConfig) -> TrainConfig:
+    """The configuration of a run that goes on: what lay in its folder is looked for there, wherever that is now."""
+    saved = TrainConfig.load(Path(config.out) / "config.yaml")
+    paths = {name: getattr(config, name) for name in (*PLACES, "validation") if name != "out"}
+    found: dict[str, Any] = {
+        name: str(Path(config.out) / Path(path).relative_to(saved.out))
+        for name, path in paths.items()
+        if path is not None and path == getattr(saved, name) and Path(path).is_relative_to(saved.out)
+    }
+    return replace(config, **found)
 
 
 def check_data(out: Path, fingerprints: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ from carve.train.folder import (
     check_data,
     check_folder,
     check_kept,
+    moved,
     save_config,
     token_cache,
 )
@@ -73,6 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         raise ImportError("training needs: pip install 'carve-attention[train]'") from error
     out = Path(config.out)
     check_folder(config, out, resume)
+    if resume:
+        config = moved(config)
     args = arguments(config)
     for name in ("data", "validation"):  # both, before the work begins with one
         text = getattr(config, name)

@@ -174,6 +174,17 @@ def test_a_run_goes_on_from_any_working_directory(validation, config_file, tmp_p
     assert not list((tmp_path / "there").iterdir())
 
 
+def test_what_lies_in_a_run_moves_with_it(config_file, tmp_path):
+    out = tmp_path / "run"
+    train(TrainConfig.load(config_file, {"out": str(out), "cache": str(out / "cache")}))
+    shutil.rmtree(out / "checkpoint-7")
+    out.rename(tmp_path / "moved")
+    fields = {"out": str(tmp_path / "moved")}
+    assert train(TrainConfig.load(tmp_path / "moved" / "config.yaml", fields), resume=True).name == "checkpoint-7"
+    assert not out.exists()
+    assert TrainConfig.load(tmp_path / "moved" / "config.yaml").cache == str(tmp_path / "moved" / "cache")
+
+
 def test_names_stay_names(config_file, tmp_path, monkeypatch):
     """Also where there is a folder of that name."""
     (tmp_path / "bytes").mkdir()
