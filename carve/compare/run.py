@@ -77,9 +77,7 @@ def compare(
             raise ValueError(f"{out} holds no {FACTS}: expected the folder of a comparison")
         plan = plan.with_facts(read_json(out / FACTS)["texts"])
         check_folder(plan, out)
-        results = read_results(out)
-        runs = (run for label in plan.mixers for rate in plan.learning_rates for run in plan.at_rate(label, rate))
-        if not any(run.key in results for run in runs):
+        if not (results := results_of(plan, out)):
             raise ValueError(f"{out} holds no result of this comparison: expected some, to report")
         print(write_report(plan, results, read_speed(out), out / Path(file).stem))
         return True
@@ -100,7 +98,7 @@ def compare(
     if plan.facts is None:
         print("stopped before any training; the same command goes on", file=sys.stderr)
         return limit.over
-    results = read_results(out)
+    results = results_of(plan, out)
     if results:
         print(write_report(plan, results, read_speed(out), out / Path(file).stem))
     if stopped:
@@ -177,6 +175,12 @@ def flat(x: Any, name: str = "") -> dict[str, Any]:
 def read_results(out: Path) -> Results:
     """What is there, by `Run.key`."""
     return {path.stem: read_json(path) for path in (out / RESULTS).glob("*.json")}
+
+
+def results_of(plan: Plan, out: Path) -> Results:
+    """Those that are of the plan's runs."""
+    runs = [run.key for label in plan.mixers for rate in plan.learning_rates for run in plan.at_rate(label, rate)]
+    return {key: result for key, result in read_results(out).items() if key in runs}
 
 
 def read_speed(out: Path) -> dict[str, Any]:
