@@ -151,7 +151,7 @@ def train(config: str | None, resume: Path | None, **fields: Any) -> None:
         print(interruption, file=sys.stderr)
         raise typer.Exit(128 + interruption.signal) from None
     except KeyboardInterrupt:
-        print("stopped before any training", file=sys.stderr)
+        print("stopped before training began", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -365,9 +365,10 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _say(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning as the sentence that it is; Python would add a line of our source."""
-    print(message, file=sys.stderr)
+def _say(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """Print a warning as a sentence; Python would add a line of source. Of another package's, say whose it is."""
+    ours = str(message).startswith("carve: ") or Path(filename).is_relative_to(Path(__file__).parent)
+    print(message if ours else f"{filename}: {category.__name__}: {message}", file=sys.stderr)
 
 
 def main() -> None:

@@ -179,7 +179,7 @@ def test_an_interrupt_before_any_training_says_so(carve: Carve, text: Path, monk
 
     monkeypatch.setattr("carve.train.run.train", interrupted)
     outcome = carve("train", "--data", text)
-    assert (outcome.code, outcome.err) == (130, "stopped before any training\n")
+    assert (outcome.code, outcome.err) == (130, "stopped before training began\n")
 
 
 def test_generate_takes_its_prompt_from_three_places(carve: Carve, checkpoint: Path, text: Path) -> None:
