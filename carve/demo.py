@@ -98,7 +98,7 @@ sample.txt; results.json; model, the checkpoints. To try next:
   carve generate {run} --prompt "class Reader:" --seed 1
   carve eval {run} {validation_file}
   carve eval {run} {validation_file} --window 32
-  carve inspect {run} --file {folder / "sample.txt"} --out gates.png
+  carve inspect {run} --file {folder / "sample.txt"} --out {folder / "sample.png"}
 """)
     return bits
 

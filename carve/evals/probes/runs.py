@@ -240,7 +240,8 @@ def run_probes(
                 where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
                 measured |= {"seconds": seconds, "device": where, "torch": torch.__version__}
                 append_result(results_file, {"configuration": run.configuration, **measured})
-                status = f"{run.label} {run.mixer} seed {recipe['seed']}: {measured['accuracy']:.3f}"
+                of = f"{run.label} {run.mixer} at {recipe['learning_rate']:g}, seed {recipe['seed']}"
+                status = f"{of}: {measured['accuracy']:.3f}"
                 progress.update(whole, advance=1, status=status)
                 if not console.is_terminal:
                     print(f"{number}/{len(mine)} {status} in {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -328,6 +329,7 @@ def summarise(runs: Sequence[ProbeRun], results: dict[str, dict[str, Any]]) -> l
 def print_table(summaries: Sequence[Summary]) -> None:
     """For each task a table: mixers down, sizes across."""
     console = Console()
+    chosen = len({summary.learning_rate for summary in summaries}) > 1
     tasks: dict[str, list[Summary]] = {}
     for summary in summaries:
         tasks.setdefault(summary.run.name, []).append(summary)
@@ -337,7 +339,11 @@ def print_table(summaries: Sequence[Summary]) -> None:
         for title in ("mixer", *sizes):
             table.add_column(title, overflow="fold")
         for mixer in dict.fromkeys(summary.run.mixer for summary in some):
-            row = {s.run.label.removeprefix(name).strip(): cell(s) for s in some if s.run.mixer == mixer}
+            mine = [summary for summary in some if summary.run.mixer == mixer]
+            row = {
+                s.run.label.removeprefix(name).strip(): cell(s) + (f" at {s.learning_rate:g}" if chosen else "")
+                for s in mine
+            }
             table.add_row(mixer, *(row.get(size, "") for size in sizes))
         console.print(f"{name}, of which a guess gets {100 / some[0].run.task.answers:.1f}", highlight=False)
         console.print(table)
@@ -346,7 +352,7 @@ def print_table(summaries: Sequence[Summary]) -> None:
         f"Accuracy in % on {evaluated} test sequences, mean ± standard deviation over seeds (how many, if not all)."
     )
     console.print(tested, highlight=False, soft_wrap=True)
-    if len({summary.learning_rate for summary in summaries}) > 1:
+    if chosen:
         console.print("Each at the learning rate with the best validation accuracy.", highlight=False, soft_wrap=True)
 
 
