@@ -153,14 +153,16 @@ def agree_on_packing(
             raise ValueError("position_ids and seq_idx say different things, expected one of them, or the same")
         position_ids = places
     given = {name: y for name, y in bounds.items() if y is not None}
-    tokens = T if position_ids is None else 0
-    if given and B == 1:  # else they are refused by `lay_out`
+    stated = {name: most for name, most in longest.items() if most is not None}
+    if B == 1 and (len(given) > 1 or (given and stated)):  # there is something to compare; `lay_out` looks at the rest
         first, *others = (check_cu_seqlens(y, B, T) for y in given.values())  # on the CPU, each tensor read once
         if any(not torch.equal(first, y) for y in others):
             raise ValueError(f"{' and '.join(given)} say different things, expected one of them, or the same")
         tokens = int(first.diff().max())
-    for name, most in longest.items():
-        if most is not None and most < tokens:
+    else:
+        tokens = T if position_ids is None else 0
+    for name, most in stated.items():
+        if most < tokens:
             raise ValueError(f"{name} is {most}, expected at least {tokens}, as the longest document has")
     return position_ids, next(iter(given.values()), None)
 
