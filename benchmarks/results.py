@@ -111,7 +111,7 @@ def summary() -> list[str]:
     for label in ("carve-mean", "carve-read", "carve-read-raw", BLIND, "gdn2", "kda", "gdn"):
         trained = [x[label].losses("validation").values() if label in x else () for x in found]
         losses = [spread([math.exp(y) for y in some], 1) if some else NONE for some in trained]
-        rows.append([f"`{label}`", *losses, *(cell(probed_at(case)[label]) for case in (UPDATES, HARD[1], SMALLEST))])
+        rows.append([f"`{label}`", *losses, *(cell(probed_at(case)[label]) for case in (UPDATES, TWO_HEADS, SMALLEST))])
     titles = ["perplexity, equal width", "equal parameters", "forgetting-mqar", "write-once, 2 heads", "1 head"]
     return table(["mixer", *titles], rows)
 
@@ -246,17 +246,17 @@ class Case(NamedTuple):
 
 
 BOTH = (1e-3, 3e-3)
-HARD = [Case("probes/hard", "write-once", pairs, BOTH) for pairs in (16, 32)] + [Case("probes/hard", "mqar", 64)]
+TWO_HEADS = Case("probes/hard", "write-once", 32, BOTH)
+HARD = [TWO_HEADS._replace(pairs=16), TWO_HEADS, Case("probes/hard", "mqar", 64)]
 UPDATES = Case("probes/hard", "forgetting-mqar", 64, BOTH, seeds=5)
 MORE_EDITING = [Case("probes/hard", task, 16) for task in ("counters", "compare-and-swap", "selective-forgetting")]
 STATES = [Case("probes", task, steps=1300) for task in ("s5", "modular-addition")]
+SMALLEST = Case("probes/one_head", "write-once", 32, steps=10_000, one_head=True)  # as many keys as dimensions
 ONE_HEAD = {
     f"16 pairs, {steps:,} steps, {rate:g}": Case("probes/one_head", "write-once", 16, (rate,), 3, steps, one_head=True)
     for steps in (2600, 10_000)
     for rate in BOTH
-}
-SMALLEST = Case("probes/one_head", "write-once", 32, steps=10_000, one_head=True)  # as many keys as dimensions
-ONE_HEAD |= {"32 pairs, 10,000 steps, 0.003": SMALLEST}
+} | {"32 pairs, 10,000 steps, 0.003": SMALLEST}
 SEEING = [mixer for mixer, fields in MIXERS.items() if fields.get("content") and not mixer.endswith("-hybrid")]
 
 
@@ -282,7 +282,7 @@ def probe_cell(case: Case, mixer: str) -> str:
     found = probed_at(case).get(mixer)
     if found is None:
         return NONE
-    return cell(found) + (f" at {found.learning_rate:g}" if len(case.rates) > 1 else "")
+    return cell(found, rate=len(case.rates) > 1)
 
 
 def gain_cell(case: Case, mixer: str, base: str) -> str:
@@ -392,7 +392,7 @@ def draw() -> Figure:
     left.set_xlabel("validation loss less that of carve-blind with the same seed, nats a token", fontsize=8)
     left.set_title("language: 31 M parameters, 100 M tokens", fontsize=9)
     cases = {"recall under updates\nforgetting-mqar, 64 pairs": UPDATES}
-    cases |= {"write-once, 32 pairs\ntwo heads of 64": HARD[1], "write-once, 32 pairs\none head of 32": SMALLEST}
+    cases |= {"write-once, 32 pairs\ntwo heads of 64": TWO_HEADS, "write-once, 32 pairs\none head of 32": SMALLEST}
     barred = [mixer for mixer in SHOWN if mixer in probed_at(UPDATES)]
     for i, mixer in enumerate(barred):
         for at, case in enumerate(cases.values()):

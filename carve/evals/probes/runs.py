@@ -340,10 +340,7 @@ def print_table(summaries: Sequence[Summary]) -> None:
             table.add_column(title, overflow="fold")
         for mixer in dict.fromkeys(summary.run.mixer for summary in some):
             mine = [summary for summary in some if summary.run.mixer == mixer]
-            row = {
-                s.run.label.removeprefix(name).strip(): cell(s) + (f" at {s.learning_rate:g}" if chosen else "")
-                for s in mine
-            }
+            row = {s.run.label.removeprefix(name).strip(): cell(s, rate=chosen) for s in mine}
             table.add_row(mixer, *(row.get(size, "") for size in sizes))
         console.print(f"{name}, of which a guess gets {100 / some[0].run.task.answers:.1f}", highlight=False)
         console.print(table)
@@ -356,11 +353,13 @@ def print_table(summaries: Sequence[Summary]) -> None:
         console.print("Each at the learning rate with the best validation accuracy.", highlight=False, soft_wrap=True)
 
 
-def cell(summary: Summary) -> str:
+def cell(summary: Summary, *, rate: bool = False) -> str:
+    """The accuracy in %, of how many seeds if some are missing, and at which learning rate if that is asked for."""
     spread = "" if summary.spread is None else f" ± {100 * summary.spread:.1f}"
     some = f" ({len(summary.accuracies)}/{summary.seeds})" if len(summary.accuracies) < summary.seeds else ""
     diverged = f" ({summary.diverged} diverged)" if summary.diverged else ""
-    return f"{100 * summary.mean:.1f}{spread}{some}{diverged}"
+    at = f" at {summary.learning_rate:g}" if rate else ""
+    return f"{100 * summary.mean:.1f}{spread}{some}{diverged}{at}"
 
 
 def draw(summaries: Sequence[Summary], out: Path) -> None:
